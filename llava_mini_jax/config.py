@@ -1,0 +1,390 @@
+"""The model's configuration: frozen dataclasses, presets, and the HF `config.json` they come from.
+
+Every field that names a difference between the paper and the released package
+defaults to what the released package does, so that its checkpoints load and
+run unchanged; `docs/fidelity.md` lists those switches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be built; the message names the field, what was found and what is allowed."""
+
+
+def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+  if value not in allowed:
+    raise ConfigError(f'{field}: expected one of {", ".join(allowed)}; found {value!r}')
+
+
+def _positive(config: Any, *fields: str) -> None:
+  for field in fields:
+    value = getattr(config, field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ConfigError(f'{type(config).__name__}.{field}: expected a positive integer; found {value!r}')
+
+
+def _divides(config: Any, part: str, whole: str) -> None:
+  if getattr(config, whole) % getattr(config, part):
+    raise ConfigError(
+      f'{type(config).__name__}.{whole}={getattr(config, whole)} is not a multiple of {part}={getattr(config, part)}'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """CLIP vision tower (defaults: ViT-L/14-336)."""
+
+  hidden_size: int = 1024
+  intermediate_size: int = 4096
+  num_hidden_layers: int = 24
+  num_attention_heads: int = 16
+  image_size: int = 336
+  patch_size: int = 14
+  layer_norm_eps: float = 1e-5
+  select_layer: int = -2  # index into the num_hidden_layers + 1 hidden states (HF `mm_vision_select_layer`)
+  keep_unused_layers: bool = False  # hold (never run) the weights after the selected layer, for export
+
+  def __post_init__(self):
+    _positive(self, 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+    _positive(self, 'image_size', 'patch_size')
+    _divides(self, 'num_attention_heads', 'hidden_size')
+    _divides(self, 'patch_size', 'image_size')
+    if not -self.num_hidden_layers - 1 <= self.select_layer <= self.num_hidden_layers:
+      raise ConfigError(
+        f'VisionConfig.select_layer={self.select_layer} is not a hidden state of {self.num_hidden_layers} layers'
+      )
+
+  @property
+  def grid(self) -> int:
+    """Patches per side."""
+    return self.image_size // self.patch_size
+
+  @property
+  def num_patches(self) -> int:
+    return self.grid**2
+
+  @property
+  def run_layers(self) -> int:
+    """Layers that produce the selected hidden state; the ones after it never run."""
+    return self.select_layer % (self.num_hidden_layers + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressorConfig:
+  """Learnable-query compression of P patch tokens to C = grid² (paper Sec. 4.1, Eq. 2)."""
+
+  kind: str = 'query'  # query; none = every patch goes to the decoder (LLaVA-v1.5, and stage 1)
+  grid: int = 1
+  num_heads: int = 8
+  space: str = 'vision'  # vision = before the projector (released); llm = after it (paper)
+  attention: str = 'mha'  # mha = LayerNorms, projections, heads (released); plain = Eq. 2 as written
+  key_position: str = 'query_table'  # query_table = resized bicubically (released); native_grid; none
+  init_std: float = 0.02
+
+  def __post_init__(self):
+    _choice('CompressorConfig.kind', self.kind, ('query', 'none'))
+    _choice('CompressorConfig.space', self.space, ('vision', 'llm'))
+    _choice('CompressorConfig.attention', self.attention, ('mha', 'plain'))
+    _choice('CompressorConfig.key_position', self.key_position, ('query_table', 'native_grid', 'none'))
+    _positive(self, 'grid', 'num_heads')
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefusionConfig:
+  """Modality pre-fusion: Llama layers over [patches; compressed; text] (paper Sec. 4.1, Eq. 3)."""
+
+  num_layers: int = 4
+  fuse_compressed: bool = True  # the decoder gets the *fused* compressed tokens (released); False = Eq. 3 as written
+  fuse_token_zero: bool = False  # the released code masks token id 0 ("!" in Llama-3) out of pre-fusion
+  fuse_history_answers: bool = True  # at inference the answers of earlier turns are fused (released); training never
+  init: str = 'random'  # random; decoder = copies of the decoder's first layers
+
+  def __post_init__(self):
+    _choice('PrefusionConfig.init', self.init, ('random', 'decoder'))
+    if self.num_layers < 0:
+      raise ConfigError(f'PrefusionConfig.num_layers: expected 0 or more; found {self.num_layers}')
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama-3 frequency scaling, as in HF `rope_scaling` of type `llama3`. factor 1 = off."""
+
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Llama decoder; pre-fusion layers have its shape too."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling = RopeScaling()
+  rms_norm_eps: float = 1e-5
+  tie_word_embeddings: bool = False
+  max_position_embeddings: int = 4096
+  initializer_range: float = 0.02
+
+  def __post_init__(self):
+    _positive(self, 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers')
+    _positive(self, 'num_attention_heads', 'num_key_value_heads', 'head_dim', 'max_position_embeddings')
+    _divides(self, 'num_key_value_heads', 'num_attention_heads')
+    if self.head_dim % 2:
+      raise ConfigError(f'DecoderConfig.head_dim: rotary embedding needs an even size; found {self.head_dim}')
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaMiniConfig:
+  """The whole model."""
+
+  vision: VisionConfig
+  compressor: CompressorConfig
+  prefusion: PrefusionConfig
+  decoder: DecoderConfig
+  detach_text: bool = True  # text embeddings enter without gradient, so embed_tokens never trains (released)
+  text_only: str = 'skip'  # rows without an image: skip = plain decoder; zero_image = fused with a black image (released training)
+  dtype: str = 'bfloat16'  # compute; parameters are f32
+  remat: str = 'full'  # full = recompute each layer in the backward pass; none = keep activations
+
+  def __post_init__(self):
+    _choice('LlavaMiniConfig.text_only', self.text_only, ('skip', 'zero_image'))
+    _choice('LlavaMiniConfig.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
+    _choice('LlavaMiniConfig.remat', self.remat, ('full', 'none'))
+    if self.compressor.kind == 'query' and self.compressor.attention == 'mha':
+      width = self.compressor_width
+      if width % self.compressor.num_heads:
+        raise ConfigError(f'compressor width {width} is not a multiple of num_heads={self.compressor.num_heads}')
+    if self.prefusion.init == 'decoder' and self.prefusion.num_layers > self.decoder.num_hidden_layers:
+      raise ConfigError(
+        f'prefusion.init=decoder needs {self.prefusion.num_layers} decoder layers; there are {self.decoder.num_hidden_layers}'
+      )
+
+  @property
+  def compressor_width(self) -> int:
+    return self.vision.hidden_size if self.compressor.space == 'vision' else self.decoder.hidden_size
+
+  @property
+  def tokens_per_visual(self) -> int:
+    """C: what one image, or one frame, costs in the decoder."""
+    return self.vision.num_patches if self.compressor.kind == 'none' else self.compressor.grid**2
+
+  @classmethod
+  def preset(cls, name: str) -> LlavaMiniConfig:
+    """One of `vicuna_7b`, `vicuna_13b`, `llama31_8b`, `smollm2_135m`, `tiny`. Raises ConfigError for another name."""
+    if name not in PRESETS:
+      raise ConfigError(f'unknown preset {name!r}{_suggest(name, PRESETS)}')
+    return PRESETS[name]()
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain nested dict, one key per field: what a checkpoint stores and what `--config.model.…` overrides."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> LlavaMiniConfig:
+    """Inverse of `to_dict`. Raises ConfigError naming an unknown, missing or wrongly typed field."""
+    return _build(cls, values, 'model')
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any], vision: Mapping[str, Any]) -> LlavaMiniConfig:
+    """From the released `config.json` and its CLIP tower's (`vision_config.json`)."""
+    heads = config['num_attention_heads']
+    scaling = config.get('rope_scaling') or {}
+    kind = scaling.get('rope_type', scaling.get('type', 'llama3'))
+    if kind != 'llama3':
+      raise ConfigError(f'config.json rope_scaling: expected type llama3 or null; found {kind!r}')
+    if config.get('mm_projector_type', 'mlp2x_gelu') != 'mlp2x_gelu':
+      raise ConfigError(f'config.json mm_projector_type: expected mlp2x_gelu; found {config["mm_projector_type"]!r}')
+    return cls(
+      vision=VisionConfig(
+        select_layer=config.get('mm_vision_select_layer', -2),
+        keep_unused_layers=True,
+        **{f: vision[f] for f in _VISION_HF_FIELDS},
+      ),
+      compressor=CompressorConfig(grid=config['compressor_size']),
+      prefusion=PrefusionConfig(num_layers=config['prefusion_layer_num']),
+      decoder=DecoderConfig(
+        num_key_value_heads=config.get('num_key_value_heads', heads),
+        head_dim=config.get('head_dim') or config['hidden_size'] // heads,
+        rope_theta=config.get('rope_theta', 10000.0),
+        rope_scaling=RopeScaling(**{f.name: scaling[f.name] for f in dataclasses.fields(RopeScaling) if f.name in scaling}),
+        tie_word_embeddings=config.get('tie_word_embeddings', False),
+        **{f: config[f] for f in _DECODER_HF_FIELDS},
+      ),
+    )
+
+
+_VISION_HF_FIELDS = (
+  'hidden_size',
+  'intermediate_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'image_size',
+  'patch_size',
+  'layer_norm_eps',
+)
+_DECODER_HF_FIELDS = (
+  'vocab_size',
+  'hidden_size',
+  'intermediate_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'rms_norm_eps',
+  'max_position_embeddings',
+  'initializer_range',
+)
+
+
+def _vicuna_7b() -> LlavaMiniConfig:
+  return LlavaMiniConfig(
+    vision=VisionConfig(),
+    compressor=CompressorConfig(),
+    prefusion=PrefusionConfig(),
+    decoder=DecoderConfig(
+      vocab_size=32000,
+      hidden_size=4096,
+      intermediate_size=11008,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+      num_key_value_heads=32,
+      head_dim=128,
+    ),
+  )
+
+
+def _vicuna_13b() -> LlavaMiniConfig:
+  base = _vicuna_7b()
+  decoder = dataclasses.replace(
+    base.decoder,
+    hidden_size=5120,
+    intermediate_size=13824,
+    num_hidden_layers=40,
+    num_attention_heads=40,
+    num_key_value_heads=40,
+  )
+  return dataclasses.replace(base, decoder=decoder)
+
+
+def _llama31_8b() -> LlavaMiniConfig:
+  base = _vicuna_7b()
+  decoder = dataclasses.replace(
+    base.decoder,
+    vocab_size=128256,
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling(factor=8.0),
+    max_position_embeddings=131072,
+  )
+  return dataclasses.replace(base, decoder=decoder)
+
+
+def _smollm2_135m() -> LlavaMiniConfig:
+  decoder = DecoderConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    rope_theta=100000.0,
+    tie_word_embeddings=True,
+    max_position_embeddings=8192,
+  )
+  return dataclasses.replace(_vicuna_7b(), decoder=decoder)
+
+
+def _tiny() -> LlavaMiniConfig:
+  """Trains from scratch on two CPU cores in minutes; nothing pretrained, so the text embeddings train too."""
+  return LlavaMiniConfig(
+    vision=VisionConfig(
+      hidden_size=96,
+      intermediate_size=192,
+      num_hidden_layers=5,
+      num_attention_heads=4,
+      image_size=64,
+      patch_size=8,
+    ),
+    compressor=CompressorConfig(),
+    prefusion=PrefusionConfig(num_layers=2),
+    decoder=DecoderConfig(
+      vocab_size=256,
+      hidden_size=96,
+      intermediate_size=256,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=4,
+      head_dim=24,
+      max_position_embeddings=512,
+    ),
+    detach_text=False,
+    dtype='float32',
+    remat='none',
+  )
+
+
+PRESETS = {
+  'vicuna_7b': _vicuna_7b,
+  'vicuna_13b': _vicuna_13b,
+  'llama31_8b': _llama31_8b,
+  'smollm2_135m': _smollm2_135m,
+  'tiny': _tiny,
+}
+
+_NESTED = {
+  'vision': VisionConfig,
+  'compressor': CompressorConfig,
+  'prefusion': PrefusionConfig,
+  'decoder': DecoderConfig,
+  'rope_scaling': RopeScaling,
+}
+_TYPES = {'int': int, 'float': (int, float), 'bool': bool, 'str': str}
+
+
+def _suggest(name: str, names) -> str:
+  close = difflib.get_close_matches(name, names, n=1)
+  return f'; did you mean {close[0]!r}?' if close else f'; expected one of {", ".join(sorted(names))}'
+
+
+def _build(cls, values: Mapping[str, Any], path: str):
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  arguments = {}
+  for name, value in values.items():
+    where = f'{path}.{name}'
+    if name not in fields:
+      raise ConfigError(f'{where}: unknown field{_suggest(name, fields)}')
+    if name in _NESTED:
+      if not isinstance(value, Mapping):
+        raise ConfigError(f'{where}: expected a mapping of fields; found {value!r}')
+      arguments[name] = _build(_NESTED[name], value, where)
+      continue
+    expected = fields[name].type
+    is_number = not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
+    if not isinstance(value, _TYPES[expected]) or (expected in ('int', 'float') and not is_number):
+      raise ConfigError(f'{where}: expected {expected}; found {value!r}')
+    arguments[name] = value
+  required = [
+    n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+  ]
+  missing = [n for n in required if n not in arguments]
+  if missing:
+    raise ConfigError(f'{path}: missing {", ".join(missing)}')
+  return cls(**arguments)

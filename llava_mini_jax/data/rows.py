@@ -1,0 +1,116 @@
+"""Lays samples out as Batch rows: expands image tags into slots and lists what each visual touches.
+
+Enters: token ids with IMAGE_TOKEN_ID at every `<image>`, the mask of tokens to
+learn, and how many visuals each tag stands for (1 for an image, one per frame
+for a video). Leaves: one row of `types.Batch` as numpy arrays, pixels apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.types import IMAGE_TOKEN_ID
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+  """The static sizes of a row: L tokens, M visuals, T fused text tokens per visual, C slots per visual."""
+
+  length: int
+  visuals: int
+  fused_text: int
+  tokens_per_visual: int
+
+  @classmethod
+  def for_model(cls, config: LlavaMiniConfig, *, length: int, visuals: int = 1, fused_text: int | None = None):
+    """T defaults to L: every text token may be an instruction."""
+    return cls(length, visuals, fused_text or length, config.tokens_per_visual)
+
+
+def build_row(
+  ids: np.ndarray,
+  learn: np.ndarray,
+  shape: RowShape,
+  *,
+  where: str,
+  visuals_per_tag: Sequence[int] | None = None,
+  untagged: int = 0,
+  fuse: np.ndarray | None = None,
+  fuse_token_zero: bool = False,
+) -> dict[str, np.ndarray]:
+  """One sample -> the non-pixel fields of one Batch row.
+
+  Args:
+    ids: int[n], IMAGE_TOKEN_ID where an image or a video stands.
+    learn: bool[n], True for tokens the model learns to produce; they are never fused.
+    shape: the row's static sizes.
+    where: names the sample in errors.
+    visuals_per_tag: visuals of each tag in order (frames of a video); default 1 each.
+    untagged: further visuals that the text is fused with but that have no slots (released training fuses text-only
+      samples with a black image; `LlavaMiniConfig.text_only`).
+    fuse: bool[n], overrides which text tokens are fused (default: all that are not learnt).
+    fuse_token_zero: whether a text token with id 0 may be fused (the released code masks it out).
+  Returns:
+    {tokens, targets, loss_mask, segment_ids, positions: [L], fuse_index, fuse_mask: [M T], slot_index: [M C]}.
+  Raises:
+    DataError: E_TOO_LONG if the tokens, visuals or fused tokens do not fit the row; E_IMAGE_TAGS if the number
+      of tags is not that of `visuals_per_tag`.
+  """
+  is_tag = ids == IMAGE_TOKEN_ID
+  tags = int(is_tag.sum())
+  per_tag = np.ones(tags, np.int64) if visuals_per_tag is None else np.asarray(visuals_per_tag, np.int64)
+  if len(per_tag) != tags:
+    raise DataError('E_IMAGE_TAGS', where, f'expected {len(per_tag)} <image> tag(s) for its media; found {tags}')
+  tagged, c = int(per_tag.sum()), shape.tokens_per_visual
+  visuals = tagged + untagged
+  if visuals > shape.visuals:
+    raise DataError('E_TOO_LONG', where, f'expected at most {shape.visuals} visual(s) per row; found {visuals}')
+
+  width = np.ones(len(ids), np.int64)
+  width[is_tag] = per_tag * c
+  start = np.concatenate([[0], np.cumsum(width)])
+  length = int(start[-1])
+  if length > shape.length:
+    raise DataError('E_TOO_LONG', where, f'expected at most {shape.length} tokens with vision slots; found {length}')
+
+  text_at = start[:-1][~is_tag]
+  tokens = np.zeros(shape.length, np.int32)
+  tokens[text_at] = ids[~is_tag]
+  learnt = np.zeros(shape.length, bool)
+  learnt[text_at] = learn[~is_tag]
+  inside = np.arange(shape.length) < length
+
+  targets = np.where(np.roll(inside, -1) & inside, np.roll(tokens, -1), 0)
+  loss_mask = np.roll(learnt, -1) & inside
+  targets[-1], loss_mask[-1] = 0, False
+
+  fusable = ~learn if fuse is None else fuse
+  if not fuse_token_zero:
+    fusable = fusable & (ids != 0)
+  fused_at = start[:-1][fusable & ~is_tag]
+  if visuals and len(fused_at) > shape.fused_text:
+    raise DataError(
+      'E_TOO_LONG', where, f'expected at most {shape.fused_text} instruction tokens to fuse; found {len(fused_at)}'
+    )
+  fuse_index = np.full((shape.visuals, shape.fused_text), shape.length, np.int32)
+  fuse_index[:visuals, : len(fused_at)] = fused_at
+  slot_index = np.full((shape.visuals, c), shape.length, np.int32)
+  slots = [start[i] + np.arange(width[i]) for i in np.flatnonzero(is_tag)]
+  if slots:
+    slot_index[:tagged] = np.concatenate(slots).reshape(tagged, c)
+
+  return dict(
+    tokens=tokens,
+    targets=targets.astype(np.int32),
+    loss_mask=loss_mask,
+    segment_ids=inside.astype(np.int32),
+    positions=np.where(inside, np.arange(shape.length), 0).astype(np.int32),
+    fuse_index=fuse_index,
+    fuse_mask=fuse_index < shape.length,
+    slot_index=slot_index,
+  )

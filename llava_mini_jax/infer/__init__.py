@@ -1,0 +1,1 @@
+"""From a prompt and its images to text."""

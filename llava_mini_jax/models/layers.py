@@ -1,0 +1,181 @@
+"""Building blocks shared by the stations: parameters, norms, rotary embedding, attention, the Llama layer.
+
+Compute runs in the dtype of the activations; norms, rotary embedding and
+softmax run in float32. Parameters are float32 and are cast where they are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llava_mini_jax.config import DecoderConfig, RopeScaling
+from llava_mini_jax.sharding import constrain
+
+Init = Callable[..., jax.Array]
+
+
+def param(rngs: nnx.Rngs, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+  """A float32 parameter that declares its logical axes."""
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
+
+
+def fan_in(*axes: int) -> Init:
+  """Normal with variance 1 / (product of the input axes)."""
+
+  def init(key, shape, dtype):
+    return jax.random.normal(key, shape, dtype) / math.sqrt(math.prod(shape[a] for a in axes))
+
+  return init
+
+
+zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+  """`count` layers as one module whose every parameter has a leading `layer` axis."""
+  build = nnx.transform_metadata(lambda key: make(nnx.Rngs(key)), partition='layer')
+  return jax.vmap(build)(jax.random.split(rngs.params(), count))
+
+
+def scan_layers(body: Callable, x: Any, layers: Any, *, remat: str = 'none') -> tuple[Any, Any]:
+  """lax.scan of `body(x, layer) -> (x, out)` over stacked layers; `remat='full'` keeps only each layer's input."""
+  return jax.lax.scan(jax.checkpoint(body) if remat == 'full' else body, x, layers)
+
+
+class LayerNorm(nnx.Module):
+  def __init__(self, size: int, eps: float, *, rngs: nnx.Rngs):
+    self.eps = eps
+    self.weight = param(rngs, ones, (size,), ('norm',))
+    self.bias = param(rngs, zeros, (size,), ('norm',))
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  def __init__(self, size: int, eps: float, *, rngs: nnx.Rngs):
+    self.eps = eps
+    self.weight = param(rngs, ones, (size,), ('norm',))
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return (y * self.weight[...]).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+  """Linear map over the last axis, with bias."""
+
+  def __init__(self, size_in: int, size_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs):
+    self.kernel = param(rngs, fan_in(0), (size_in, size_out), axes)
+    self.bias = param(rngs, zeros, (size_out,), axes[1:])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+  """Inverse frequencies, float32[H/2], with Llama-3 scaling.
+
+  Wavelengths above original_max / low_freq_factor are slowed by `factor`, those
+  below original_max / high_freq_factor are kept, and between them the two blend.
+  """
+  frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  if scaling.factor == 1.0:
+    return frequency.astype(np.float32)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+  keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+  return (keep * frequency + (1 - keep) * frequency / scaling.factor).astype(np.float32)
+
+
+def rope_tables(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
+  """positions int[B L] -> cos, sin float32[B L H/2]."""
+  frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Half-split rotation of x[B L N H]."""
+  cos, sin = (t[:, :, None, :] for t in rope)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class LlamaAttention(nnx.Module):
+  """Grouped-query attention with rotary embedding and no biases."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    d, n, k, h = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    init = nnx.initializers.normal(config.initializer_range)
+    self.q_proj = param(rngs, init, (d, n, h), ('embed', 'heads', 'head_dim'))
+    self.k_proj = param(rngs, init, (d, k, h), ('embed', 'kv_heads', 'head_dim'))
+    self.v_proj = param(rngs, init, (d, k, h), ('embed', 'kv_heads', 'head_dim'))
+    self.o_proj = param(rngs, init, (n, h, d), ('heads', 'head_dim', 'embed'))
+
+  def __call__(self, x, rope, mask, cache=None):
+    """Attends within x, or within `cache` after writing x into it.
+
+    Args:
+      x: [B L D].
+      rope: cos, sin float32[B L H/2].
+      mask: bool[B 1 L S], True = may attend; S is L without a cache.
+      cache: keys [B S K H], values [B S K H], slots int32[B L] where x's tokens are written (S = dropped).
+    Returns:
+      [B L D], and the keys and values attended to.
+    """
+    q = jnp.einsum('BLD,DNH->BLNH', x, self.q_proj[...].astype(x.dtype))
+    k = jnp.einsum('BLD,DKH->BLKH', x, self.k_proj[...].astype(x.dtype))
+    v = jnp.einsum('BLD,DKH->BLKH', x, self.v_proj[...].astype(x.dtype))
+    q, k = rotate(q, rope), rotate(k, rope)
+    q = constrain(q, 'batch', 'length', 'act_heads', None)
+    if cache is not None:
+      keys, values, slots = cache
+      write = jax.vmap(lambda store, at, new: store.at[at].set(new.astype(store.dtype), mode='drop'))
+      k, v = write(keys, slots, k), write(values, slots, v)
+    y = jax.nn.dot_product_attention(q, k.astype(x.dtype), v.astype(x.dtype), mask=mask)
+    return jnp.einsum('BLNH,NHD->BLD', y, self.o_proj[...].astype(x.dtype)), (k, v)
+
+
+class LlamaMLP(nnx.Module):
+  """SwiGLU."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    d, f = config.hidden_size, config.intermediate_size
+    init = nnx.initializers.normal(config.initializer_range)
+    self.gate_proj = param(rngs, init, (d, f), ('embed', 'mlp'))
+    self.up_proj = param(rngs, init, (d, f), ('embed', 'mlp'))
+    self.down_proj = param(rngs, init, (f, d), ('mlp', 'embed'))
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [B L D] -> [B L D]
+    gate = x @ self.gate_proj[...].astype(x.dtype)
+    y = jax.nn.silu(gate) * (x @ self.up_proj[...].astype(x.dtype))
+    return constrain(y, 'batch', 'length', 'act_mlp') @ self.down_proj[...].astype(x.dtype)
+
+
+class LlamaLayer(nnx.Module):
+  """Pre-norm block, used by the decoder and by pre-fusion."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+    self.self_attn = LlamaAttention(config, rngs=rngs)
+    self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+    self.mlp = LlamaMLP(config, rngs=rngs)
+
+  def __call__(self, x, rope, mask, cache=None):
+    """See LlamaAttention; returns [B L D] and the keys and values attended to."""
+    y, kv = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    x = x + y
+    x = x + self.mlp(self.post_attention_layernorm(x))
+    return constrain(x, 'batch', 'length', 'act_embed'), kv

@@ -1,0 +1,148 @@
+"""LLaVA-Mini, the whole flow: encode_views → compress → project → prefuse → splice → decode.
+
+Enters a `types.Batch`, leaves float32 logits. Source: paper Sec. 4 and the
+released package; where they differ a config field decides (docs/fidelity.md).
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.models.compressor import QueryCompressor
+from llava_mini_jax.models.decoder import Decoder
+from llava_mini_jax.models.prefusion import Prefusion
+from llava_mini_jax.models.projector import Projector
+from llava_mini_jax.models.vision import VisionTower
+from llava_mini_jax.sharding import constrain
+from llava_mini_jax.types import Batch
+
+
+def to_raster(crops: jax.Array) -> jax.Array:
+  """Features of r² crops in raster order [B r² P W] -> one raster of the whole image [B r²·P W]."""
+  batch, views, patches, width = crops.shape
+  r, n = math.isqrt(views), math.isqrt(patches)
+  x = crops.reshape(batch, r, r, n, n, width).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, views * patches, width)
+
+
+class LlavaMini(nnx.Module):
+  def __init__(self, config: LlavaMiniConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.vision = VisionTower(config.vision, remat=config.remat, rngs=rngs)
+    self.projector = Projector(config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
+    if config.compressor.kind == 'query':
+      self.compressor = QueryCompressor(config.compressor, config.compressor_width, rngs=rngs)
+    self.decoder = Decoder(config.decoder, remat=config.remat, rngs=rngs)
+    if config.prefusion.num_layers:
+      self.prefusion = Prefusion(config.prefusion, config.decoder, remat=config.remat, rngs=rngs)
+      if config.prefusion.init == 'decoder':
+        first = jax.tree.map(lambda leaf: leaf[: config.prefusion.num_layers], nnx.state(self.decoder.layers))
+        nnx.update(self.prefusion.layers, first)
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return jnp.dtype(self.config.dtype)
+
+  def __call__(self, batch: Batch) -> jax.Array:
+    """Batch -> float32 logits [B L vocab]."""
+    return self.decoder.logits(self.hidden(batch))
+
+  def hidden(self, batch: Batch) -> jax.Array:
+    """Batch -> the decoder's normed hidden states [B L D]."""
+    return self.decoder(self.embed(batch), batch.positions, batch.segment_ids)
+
+  def embed(self, batch: Batch) -> jax.Array:
+    """Batch -> decoder input [B L D]: raw text, fused instructions, compressed tokens in their slots."""
+    text = self.decoder.embed(batch.tokens, self.dtype)
+    rows, visuals = batch.pixels.shape[:2]
+    if not visuals:
+      return text
+    if self.config.detach_text:
+      text = jax.lax.stop_gradient(text)
+    features = self.encode_views(batch.pixels.reshape(rows * visuals, *batch.pixels.shape[2:]))
+    instructions = jnp.take_along_axis(text, batch.fuse_index.reshape(rows, -1, 1), axis=1, mode='clip')
+    instructions = instructions.reshape(rows * visuals, -1, text.shape[-1])
+    compressed, fused = self.fuse(features, instructions, batch.fuse_mask.reshape(rows * visuals, -1))
+    return splice(text, compressed.reshape(rows, -1, text.shape[-1]), fused.reshape(rows, -1, text.shape[-1]), batch)
+
+  def encode_views(self, pixels: jax.Array) -> jax.Array:
+    """pixels [B V height width 3] -> CLIP patch features [B V P W]."""
+    batch, views = pixels.shape[:2]
+    features = self.vision(pixels.reshape(batch * views, *pixels.shape[2:]), self.dtype)
+    return features.reshape(batch, views, *features.shape[1:])
+
+  def compress(self, features: jax.Array, *, return_attention: bool = False):
+    """features [B V P W] -> patches [B P' D] for pre-fusion and compressed tokens [B C D], both projected.
+
+    With several views P' = [all crops as one raster; the whole image], and the crops' raster alone is compressed.
+    `return_attention` adds the compressor's head-mean attention float32[B C keys].
+    """
+    whole = features[:, -1]
+    keys = to_raster(features[:, :-1]) if features.shape[1] > 1 else whole
+    patches = self.projector(whole)
+    if features.shape[1] > 1:
+      detail = self.projector(keys)
+      patches = jnp.concatenate([detail, patches], axis=1)
+    if self.config.compressor.kind == 'none':
+      return patches, patches
+    if self.config.compressor.space == 'llm':
+      keys = detail if features.shape[1] > 1 else patches
+    compressed, attention = self.compressor(keys, return_attention=True)
+    if self.config.compressor.space == 'vision':
+      compressed = self.projector(compressed)
+    return (patches, compressed, attention) if return_attention else (patches, compressed)
+
+  def fuse(self, features: jax.Array, text: jax.Array, text_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One visual with the instruction tokens that belong to it.
+
+    Args:
+      features: [B V P W]. text: [B T D] raw embeddings. text_mask: bool[B T].
+    Returns:
+      compressed tokens [B C D], fused text [B T D] (what stands at masked tokens means nothing).
+    """
+    patches, compressed = self.compress(features)
+    if not self.config.prefusion.num_layers:
+      return compressed, text
+    fuse_compressed = self.config.prefusion.fuse_compressed
+    separate = fuse_compressed and self.config.compressor.kind != 'none'
+    x = jnp.concatenate([patches, compressed, text] if separate else [patches, text], axis=1)
+    seen = x.shape[1] - text.shape[1]
+    valid = jnp.concatenate([jnp.ones((x.shape[0], seen), bool), text_mask], axis=1)
+    x = self.prefusion(constrain(x, 'batch', 'length', 'act_embed'), valid)
+    return x[:, seen - compressed.shape[1] : seen] if fuse_compressed else compressed, x[:, seen:]
+
+
+def splice(text: jax.Array, compressed: jax.Array, fused: jax.Array, batch: Batch) -> jax.Array:
+  """Puts fused text and compressed tokens where the batch's indices say.
+
+  A token listed by k visuals gets the float32 mean of its k fused states (k = frames
+  for a video, paper Sec. 4.2); one listed by none keeps its raw embedding.
+
+  Args:
+    text: raw embeddings [B L D]. compressed: [B M·C D]. fused: [B M·T D].
+  Returns:
+    [B L D] in the dtype of `text`.
+  """
+
+  def one_row(text, compressed, fused, fuse_index, slot_index):
+    length = text.shape[0]
+    total = jnp.zeros(text.shape, jnp.float32).at[fuse_index].add(fused.astype(jnp.float32), mode='drop')
+    count = jnp.zeros((length,), jnp.float32).at[fuse_index].add(1.0, mode='drop')[:, None]
+    row = jnp.where(count > 0, total / jnp.maximum(count, 1.0), text.astype(jnp.float32)).astype(text.dtype)
+    return row.at[slot_index].set(compressed.astype(text.dtype), mode='drop')
+
+  rows = text.shape[0]
+  x = jax.vmap(one_row)(
+    text, compressed, fused, batch.fuse_index.reshape(rows, -1), batch.slot_index.reshape(rows, -1)
+  )
+  return constrain(x, 'batch', 'length', 'act_embed')
+
+
+def build(config: LlavaMiniConfig, key: jax.Array) -> LlavaMini:
+  """A randomly initialised model; under `nnx.eval_shape` it costs nothing at any size."""
+  return LlavaMini(config, rngs=nnx.Rngs(key))

@@ -1,0 +1,45 @@
+"""Modality pre-fusion: Llama layers in which the instruction attends to every patch (paper Sec. 4.1, Eq. 3).
+
+The sequence is [patches; compressed; text], causal, with rotary positions
+counted over its valid slots; there is no final norm. Vision comes first, so
+nothing of it depends on the text.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_mini_jax.config import DecoderConfig, PrefusionConfig
+from llava_mini_jax.models.layers import LlamaLayer, rope_tables, scan_layers, stack_layers
+
+
+def positions_and_mask(valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """valid bool[B L] -> positions int32[B L] (masked slots get 1), allowed bool[B L L] (query, key)."""
+  length = valid.shape[1]
+  positions = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 1)
+  allowed = jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
+  return positions, allowed
+
+
+class Prefusion(nnx.Module):
+  def __init__(self, config: PrefusionConfig, decoder: DecoderConfig, *, remat: str, rngs: nnx.Rngs):
+    self.decoder_config = decoder
+    self.remat = remat
+    self.layers = stack_layers(lambda rngs: LlamaLayer(decoder, rngs=rngs), config.num_layers, rngs)
+
+  def __call__(self, x: jax.Array, valid: jax.Array, *, return_hidden: bool = False):
+    """x [B L D], valid bool[B L] -> [B L D], and with `return_hidden` every layer's output [layer B L D].
+
+    What comes out at masked slots means nothing.
+    """
+    positions, allowed = positions_and_mask(valid)
+    rope, mask = rope_tables(positions, self.decoder_config), allowed[:, None]
+
+    def body(x, layer):
+      x, _ = layer(x, rope, mask)
+      return x, x if return_hidden else None
+
+    x, hidden = scan_layers(body, x, self.layers, remat=self.remat)
+    return (x, hidden) if return_hidden else x

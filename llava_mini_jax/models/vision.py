@@ -1,0 +1,94 @@
+"""CLIP vision tower: pixels -> patch features (the hidden state that LLaVA selects, class token dropped)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_mini_jax.config import IMAGE_MEAN, IMAGE_STD, VisionConfig
+from llava_mini_jax.models.layers import LayerNorm, Linear, fan_in, param, scan_layers, stack_layers, zeros
+from llava_mini_jax.sharding import constrain
+
+
+def normalize_pixels(pixels: jax.Array) -> jax.Array:
+  """uint8 pixels [... 3] -> CLIP-normalised float32; floats are taken as already normalised."""
+  if not jnp.issubdtype(pixels.dtype, jnp.integer):
+    return pixels
+  scaled = pixels.astype(jnp.float32) * jnp.float32(1 / 255)
+  return (scaled - jnp.asarray(IMAGE_MEAN, jnp.float32)) / jnp.asarray(IMAGE_STD, jnp.float32)
+
+
+class VisionAttention(nnx.Module):
+  """Multi-head self-attention with biases."""
+
+  def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    w, n = config.hidden_size, config.num_attention_heads
+    heads = (n, w // n)
+    axes = ('vision_heads', 'head_dim')
+    for name in ('q_proj', 'k_proj', 'v_proj'):
+      setattr(self, name, param(rngs, fan_in(0), (w, *heads), ('vision_embed', *axes)))
+      setattr(self, f'{name}_bias', param(rngs, zeros, heads, axes))
+    self.out_proj = param(rngs, fan_in(0, 1), (*heads, w), (*axes, 'vision_embed'))
+    self.out_proj_bias = param(rngs, zeros, (w,), ('norm',))
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [B P W] -> [B P W]
+    def heads(kernel, bias):
+      return jnp.einsum('BPW,WNH->BPNH', x, kernel[...].astype(x.dtype)) + bias[...].astype(x.dtype)
+
+    y = jax.nn.dot_product_attention(
+      heads(self.q_proj, self.q_proj_bias), heads(self.k_proj, self.k_proj_bias), heads(self.v_proj, self.v_proj_bias)
+    )
+    return jnp.einsum('BPNH,NHW->BPW', y, self.out_proj[...].astype(x.dtype)) + self.out_proj_bias[...].astype(x.dtype)
+
+
+class VisionLayer(nnx.Module):
+  """Pre-norm block with quick-GELU."""
+
+  def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    w, f = config.hidden_size, config.intermediate_size
+    self.layer_norm1 = LayerNorm(w, config.layer_norm_eps, rngs=rngs)
+    self.self_attn = VisionAttention(config, rngs=rngs)
+    self.layer_norm2 = LayerNorm(w, config.layer_norm_eps, rngs=rngs)
+    self.fc1 = Linear(w, f, ('vision_embed', 'vision_mlp'), rngs=rngs)
+    self.fc2 = Linear(f, w, ('vision_mlp', 'vision_embed'), rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [B P W] -> [B P W]
+    x = x + self.self_attn(self.layer_norm1(x))
+    y = self.fc1(self.layer_norm2(x))
+    return constrain(x + self.fc2(y * jax.nn.sigmoid(1.702 * y)), 'batch', 'length', 'act_embed')
+
+
+class VisionTower(nnx.Module):
+  def __init__(self, config: VisionConfig, *, remat: str, rngs: nnx.Rngs):
+    self.config = config
+    self.remat = remat
+    w, p = config.hidden_size, config.patch_size
+    self.patch_embedding = param(rngs, fan_in(0, 1, 2), (p, p, 3, w), (None, None, None, 'vision_embed'))
+    small = nnx.initializers.normal(0.02)
+    self.class_embedding = param(rngs, small, (w,), ('norm',))
+    self.position_embedding = param(rngs, small, (config.num_patches + 1, w), ('position', 'vision_embed'))
+    self.pre_layernorm = LayerNorm(w, config.layer_norm_eps, rngs=rngs)
+    count = config.num_hidden_layers if config.keep_unused_layers else config.run_layers
+    self.layers = stack_layers(lambda rngs: VisionLayer(config, rngs=rngs), count, rngs) if count else None
+    if config.keep_unused_layers:
+      self.post_layernorm = LayerNorm(w, config.layer_norm_eps, rngs=rngs)
+
+  def embed(self, pixels: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """uint8 or normalised float [B height width 3] -> hidden state 0, [B P+1 W]."""
+    grid, patch = self.config.grid, self.config.patch_size
+    x = normalize_pixels(pixels).astype(dtype)
+    x = x.reshape(-1, grid, patch, grid, patch, 3)
+    x = jnp.einsum('BghkwC,hwCW->BgkW', x, self.patch_embedding[...].astype(dtype))
+    x = x.reshape(-1, grid * grid, self.config.hidden_size)
+    first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
+    x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(dtype)
+    return self.pre_layernorm(constrain(x, 'batch', 'length', 'act_embed'))
+
+  def __call__(self, pixels: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """uint8 or normalised float [B height width 3] -> patch features of the selected layer, [B P W]."""
+    x = self.embed(pixels, dtype)
+    if run := self.config.run_layers:
+      layers = jax.tree.map(lambda leaf: leaf[:run], self.layers)
+      x, _ = scan_layers(lambda x, layer: (layer(x), None), x, layers, remat=self.remat)
+    return x[:, 1:]

@@ -1,0 +1,99 @@
+"""The device mesh and the one table that maps logical axes to it. No other file names mesh axes.
+
+Parameters and activations carry *logical* axis names; to try another sharding
+strategy, change `RULES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+RULES = (
+  # parameters
+  ('layer', None),
+  ('vocab', 'tensor'),
+  ('embed', 'fsdp'),
+  ('mlp', 'tensor'),
+  ('heads', 'tensor'),
+  ('kv_heads', 'tensor'),
+  ('head_dim', None),
+  ('vision_embed', 'fsdp'),
+  ('vision_mlp', 'tensor'),
+  ('vision_heads', 'tensor'),
+  ('norm', None),
+  ('position', None),
+  # activations
+  ('batch', ('data', 'fsdp')),
+  ('length', None),
+  ('act_embed', None),
+  ('act_mlp', 'tensor'),
+  ('act_heads', 'tensor'),
+  ('act_vocab', 'tensor'),
+)
+
+
+class MeshError(ValueError):
+  """A mesh that does not fit the devices, or a batch that does not fit the mesh."""
+
+
+def make_mesh(shape: tuple[int, int, int] | None = None) -> Mesh:
+  """A `data × fsdp × tensor` mesh over all devices.
+
+  Args:
+    shape: sizes of the three axes, one of which may be -1 (the rest). None puts every device on `fsdp`.
+  Raises:
+    MeshError: the sizes do not multiply to the number of devices.
+  """
+  count = jax.device_count()
+  sizes = list(shape or (1, -1, 1))
+  if len(sizes) != len(MESH_AXES) or any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+    raise MeshError(f'mesh: expected sizes of {" × ".join(MESH_AXES)}, one of which may be -1; found {tuple(sizes)}')
+  if -1 in sizes:
+    known = int(np.prod([s for s in sizes if s != -1]))
+    sizes[sizes.index(-1)] = count // known
+  if int(np.prod(sizes)) != count:
+    raise MeshError(f'mesh {" × ".join(map(str, shape or sizes))} does not cover {count} device(s)')
+  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+  """Raises MeshError unless rows divide over the batch axes of the mesh."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  if batch_size % ways:
+    raise MeshError(f'batch size {batch_size} is not a multiple of data × fsdp = {ways}')
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh):
+  """Inside, `constrain` acts and parameters get their shardings."""
+  with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
+    yield mesh
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+  """Logical axis names -> PartitionSpec. Raises KeyError for a name that has no rule."""
+  table = dict(RULES)
+  return PartitionSpec(*(None if name is None else table[name] for name in logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+  """Pins the sharding of an activation by logical axes; a no-op outside a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over data × fsdp; everything of a row on one device group."""
+  return NamedSharding(mesh, spec('batch'))

@@ -1,0 +1,47 @@
+"""What travels between the stations: the Batch and the key/value cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+PyTree = Any
+
+IMAGE_TOKEN_ID = -200  # stands for one `<image>` in token ids before the row layout expands it (as in LLaVA)
+
+_pytree = functools.partial(jax.tree_util.register_dataclass)
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Packed rows of tokens, and the visuals they mention, joined by row-local indices.
+
+  An index that lists nothing holds L (one past the row): gathers clip it,
+  scatters drop it. Text-only rows have such indices throughout.
+  """
+
+  tokens: Array  # int32[B L]; each `<image>` already expanded to its C slots per visual (slots hold 0)
+  targets: Array  # int32[B L]; the next token of the same sample
+  loss_mask: Array  # bool[B L]; True where `targets` is learnt (assistant tokens)
+  segment_ids: Array  # int32[B L]; which sample of the row, from 1; 0 = padding
+  positions: Array  # int32[B L]; position within that sample
+  pixels: Array  # uint8 or normalised float32 [B M V H W 3]; HD: crops in raster order, the whole image last
+  fuse_index: Array  # int32[B M T]; where in its row the text tokens fused with visual m lie
+  fuse_mask: Array  # bool[B M T]; False = no token
+  slot_index: Array  # int32[B M C]; where in its row visual m's compressed tokens go
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Static decoder cache. Slot s of row b holds the token at position s of that row's only sample."""
+
+  keys: Array  # [layer B S K H], rotary embedding applied
+  values: Array  # [layer B S K H]
+  length: Array  # int32[B]; valid slots of each row

@@ -1,0 +1,17 @@
+"""Eight emulated CPU devices, set before jax is imported; where the golden tensors lie."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import pytest  # noqa: E402
+
+GOLDEN = Path(os.environ.get('LLAVA_MINI_GOLDEN', Path(__file__).parent / 'golden'))
+
+
+@pytest.fixture(scope='session')
+def golden() -> Path:
+  return GOLDEN
