@@ -21,7 +21,8 @@ class ConfigError(ValueError):
   """A configuration that cannot be built; the message names the field, what was found and what is allowed."""
 
 
-def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+def require_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+  """Raises ConfigError unless `value` is one of `allowed`."""
   if value not in allowed:
     raise ConfigError(f'{field}: expected one of {", ".join(allowed)}; found {value!r}')
 
@@ -92,10 +93,10 @@ class CompressorConfig:
   init_std: float = 0.02
 
   def __post_init__(self):
-    _choice('CompressorConfig.kind', self.kind, ('query', 'none'))
-    _choice('CompressorConfig.space', self.space, ('vision', 'llm'))
-    _choice('CompressorConfig.attention', self.attention, ('mha', 'plain'))
-    _choice('CompressorConfig.key_position', self.key_position, ('query_table', 'native_grid', 'none'))
+    require_choice('CompressorConfig.kind', self.kind, ('query', 'none'))
+    require_choice('CompressorConfig.space', self.space, ('vision', 'llm'))
+    require_choice('CompressorConfig.attention', self.attention, ('mha', 'plain'))
+    require_choice('CompressorConfig.key_position', self.key_position, ('query_table', 'native_grid', 'none'))
     _positive(self, 'grid', 'num_heads')
 
 
@@ -110,7 +111,7 @@ class PrefusionConfig:
   init: str = 'random'  # random; decoder = copies of the decoder's first layers
 
   def __post_init__(self):
-    _choice('PrefusionConfig.init', self.init, ('random', 'decoder'))
+    require_choice('PrefusionConfig.init', self.init, ('random', 'decoder'))
     if self.num_layers < 0:
       raise ConfigError(f'PrefusionConfig.num_layers: expected 0 or more; found {self.num_layers}')
 
@@ -152,6 +153,17 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScanConfig:
+  """How stacks of layers run."""
+
+  remat: str = 'full'  # full = recompute each layer in the backward pass; none = keep activations
+  unroll: bool = False  # True writes the loop out: faster for small models on CPUs, slower to compile
+
+  def __post_init__(self):
+    require_choice('ScanConfig.remat', self.remat, ('full', 'none'))
+
+
+@dataclasses.dataclass(frozen=True)
 class LlavaMiniConfig:
   """The whole model."""
 
@@ -160,21 +172,23 @@ class LlavaMiniConfig:
   prefusion: PrefusionConfig
   decoder: DecoderConfig
   detach_text: bool = True  # text embeddings enter without gradient, so embed_tokens never trains (released)
-  text_only: str = 'skip'  # rows without an image: skip = plain decoder; zero_image = fused with a black image (released training)
+  text_only: str = (
+    'skip'  # rows without an image: skip = plain decoder; zero_image = fused with a black image (released training)
+  )
   dtype: str = 'bfloat16'  # compute; parameters are f32
-  remat: str = 'full'  # full = recompute each layer in the backward pass; none = keep activations
+  scan: ScanConfig = ScanConfig()
 
   def __post_init__(self):
-    _choice('LlavaMiniConfig.text_only', self.text_only, ('skip', 'zero_image'))
-    _choice('LlavaMiniConfig.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
-    _choice('LlavaMiniConfig.remat', self.remat, ('full', 'none'))
+    require_choice('LlavaMiniConfig.text_only', self.text_only, ('skip', 'zero_image'))
+    require_choice('LlavaMiniConfig.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
     if self.compressor.kind == 'query' and self.compressor.attention == 'mha':
       width = self.compressor_width
       if width % self.compressor.num_heads:
         raise ConfigError(f'compressor width {width} is not a multiple of num_heads={self.compressor.num_heads}')
     if self.prefusion.init == 'decoder' and self.prefusion.num_layers > self.decoder.num_hidden_layers:
       raise ConfigError(
-        f'prefusion.init=decoder needs {self.prefusion.num_layers} decoder layers; there are {self.decoder.num_hidden_layers}'
+        f'prefusion.init=decoder needs {self.prefusion.num_layers} decoder layers; '
+        f'there are {self.decoder.num_hidden_layers}'
       )
 
   @property
@@ -200,7 +214,7 @@ class LlavaMiniConfig:
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> LlavaMiniConfig:
     """Inverse of `to_dict`. Raises ConfigError naming an unknown, missing or wrongly typed field."""
-    return _build(cls, values, 'model')
+    return build_dataclass(cls, values, 'model')
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any], vision: Mapping[str, Any]) -> LlavaMiniConfig:
@@ -224,7 +238,9 @@ class LlavaMiniConfig:
         num_key_value_heads=config.get('num_key_value_heads', heads),
         head_dim=config.get('head_dim') or config['hidden_size'] // heads,
         rope_theta=config.get('rope_theta', 10000.0),
-        rope_scaling=RopeScaling(**{f.name: scaling[f.name] for f in dataclasses.fields(RopeScaling) if f.name in scaling}),
+        rope_scaling=RopeScaling(
+          **{f.name: scaling[f.name] for f in dataclasses.fields(RopeScaling) if f.name in scaling}
+        ),
         tie_word_embeddings=config.get('tie_word_embeddings', False),
         **{f: config[f] for f in _DECODER_HF_FIELDS},
       ),
@@ -337,7 +353,7 @@ def _tiny() -> LlavaMiniConfig:
     ),
     detach_text=False,
     dtype='float32',
-    remat='none',
+    scan=ScanConfig(remat='none', unroll=True),
   )
 
 
@@ -355,8 +371,9 @@ _NESTED = {
   'prefusion': PrefusionConfig,
   'decoder': DecoderConfig,
   'rope_scaling': RopeScaling,
+  'scan': ScanConfig,
 }
-_TYPES = {'int': int, 'float': (int, float), 'bool': bool, 'str': str}
+_TYPES = {'int': int, 'float': (int, float), 'bool': bool, 'str': str, 'tuple': (tuple, list)}
 
 
 def _suggest(name: str, names) -> str:
@@ -364,7 +381,12 @@ def _suggest(name: str, names) -> str:
   return f'; did you mean {close[0]!r}?' if close else f'; expected one of {", ".join(sorted(names))}'
 
 
-def _build(cls, values: Mapping[str, Any], path: str):
+def build_dataclass(cls, values: Mapping[str, Any], path: str):
+  """A config dataclass from a mapping of its fields.
+
+  Raises:
+    ConfigError: an unknown field (with the closest name), a missing one, or a value of the wrong type.
+  """
   fields = {f.name: f for f in dataclasses.fields(cls)}
   arguments = {}
   for name, value in values.items():
@@ -374,13 +396,13 @@ def _build(cls, values: Mapping[str, Any], path: str):
     if name in _NESTED:
       if not isinstance(value, Mapping):
         raise ConfigError(f'{where}: expected a mapping of fields; found {value!r}')
-      arguments[name] = _build(_NESTED[name], value, where)
+      arguments[name] = build_dataclass(_NESTED[name], value, where)
       continue
     expected = fields[name].type
-    is_number = not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
+    is_number = not isinstance(value, bool) and not (isinstance(value, float) and not math.isfinite(value))
     if not isinstance(value, _TYPES[expected]) or (expected in ('int', 'float') and not is_number):
       raise ConfigError(f'{where}: expected {expected}; found {value!r}')
-    arguments[name] = value
+    arguments[name] = _tuples(value) if expected == 'tuple' else value
   required = [
     n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
   ]
@@ -388,3 +410,7 @@ def _build(cls, values: Mapping[str, Any], path: str):
   if missing:
     raise ConfigError(f'{path}: missing {", ".join(missing)}')
   return cls(**arguments)
+
+
+def _tuples(value: Any) -> Any:
+  return tuple(_tuples(v) for v in value) if isinstance(value, tuple | list) else value

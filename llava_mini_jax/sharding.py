@@ -7,6 +7,7 @@ strategy, change `RULES`.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -43,15 +44,16 @@ class MeshError(ValueError):
   """A mesh that does not fit the devices, or a batch that does not fit the mesh."""
 
 
-def make_mesh(shape: tuple[int, int, int] | None = None) -> Mesh:
-  """A `data × fsdp × tensor` mesh over all devices.
+def make_mesh(shape: tuple[int, int, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A `data × fsdp × tensor` mesh.
 
   Args:
     shape: sizes of the three axes, one of which may be -1 (the rest). None puts every device on `fsdp`.
+    devices: the devices it covers; None = all.
   Raises:
     MeshError: the sizes do not multiply to the number of devices.
   """
-  count = jax.device_count()
+  count = len(devices or jax.devices())
   sizes = list(shape or (1, -1, 1))
   if len(sizes) != len(MESH_AXES) or any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
     raise MeshError(f'mesh: expected sizes of {" × ".join(MESH_AXES)}, one of which may be -1; found {tuple(sizes)}')
@@ -60,7 +62,7 @@ def make_mesh(shape: tuple[int, int, int] | None = None) -> Mesh:
     sizes[sizes.index(-1)] = count // known
   if int(np.prod(sizes)) != count:
     raise MeshError(f'mesh {" × ".join(map(str, shape or sizes))} does not cover {count} device(s)')
-  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

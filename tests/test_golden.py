@@ -31,7 +31,7 @@ from llava_mini_jax.train.tree import abstract_model, flatten, merge, parameter_
 from llava_mini_jax.types import IMAGE_TOKEN_ID, Batch
 
 TOLERANCE = 1e-4
-# Recorded misbehaviour of the released code, which we do not reproduce: it picks text rows by offsets of another layout.
+# Recorded misbehaviour of the released code, not reproduced: it picks text rows by offsets of another layout.
 NOT_RUN = {'quirk_leftpad_input': 'released bug: left padding', 'quirk_hole_mask': 'released bug: mask holes'}
 
 CASES = sorted(GOLDEN.glob('cases/*/*.npz'))
@@ -46,7 +46,7 @@ def case_id(path: Path) -> str:
 def load_model(variant: str) -> tuple[LlavaMiniConfig, nnx.GraphDef, dict]:
   root = GOLDEN / 'models' / variant
   config, vision = (json.loads((root / name).read_text()) for name in ('config.json', 'vision_config.json'))
-  config = dataclasses.replace(LlavaMiniConfig.from_hf(config, vision), dtype='float32', remat='none')
+  config = dataclasses.replace(LlavaMiniConfig.from_hf(config, vision), dtype='float32')
   tensors = load_file(root / 'model.safetensors')
   params = from_released(tensors.__getitem__, parameter_shapes(config))
   assert to_released(params).keys() == tensors.keys()

@@ -16,7 +16,7 @@ import numpy as np
 class Rule:
   """How one parameter is stored.
 
-  kind: same · flat (bias of heads) · linear (torch [out, in]) · linear2 (two input axes) · conv (torch [out, in, h, w]).
+  kind: same · flat (bias of heads) · linear (torch [out, in]) · linear2 (two input axes) · conv ([out, in, h, w]).
   name: `{i}` stands for the layer number. part: third of a packed q, k, v tensor.
   """
 
@@ -47,7 +47,9 @@ def _llama_layers(path: str, name: str) -> dict[str, Rule]:
   norms = ('input_layernorm', 'post_attention_layernorm')
   return {
     **_attention(f'{path}/self_attn', f'{name}.{{i}}.self_attn', 'o_proj'),
-    **{f'{path}/mlp/{p}': Rule(f'{name}.{{i}}.mlp.{p}.weight', 'linear') for p in ('gate_proj', 'up_proj', 'down_proj')},
+    **{
+      f'{path}/mlp/{p}': Rule(f'{name}.{{i}}.mlp.{p}.weight', 'linear') for p in ('gate_proj', 'up_proj', 'down_proj')
+    },
     **{f'{path}/{n}/weight': Rule(f'{name}.{{i}}.{n}.weight', 'same') for n in norms},
   }
 
@@ -61,7 +63,9 @@ def _vision() -> dict[str, Rule]:
     **_norm('vision/pre_layernorm', f'{_VISION}.pre_layrnorm'),  # the spelling is CLIP's
     **_norm('vision/post_layernorm', f'{_VISION}.post_layernorm'),
     **_attention(f'{path}/self_attn', f'{name}.self_attn', 'out_proj'),
-    **{f'{path}/self_attn/{p}_bias': Rule(f'{name}.self_attn.{p}.bias', 'flat') for p in ('q_proj', 'k_proj', 'v_proj')},
+    **{
+      f'{path}/self_attn/{p}_bias': Rule(f'{name}.self_attn.{p}.bias', 'flat') for p in ('q_proj', 'k_proj', 'v_proj')
+    },
     f'{path}/self_attn/out_proj_bias': Rule(f'{name}.self_attn.out_proj.bias', 'same'),
     **_norm(f'{path}/layer_norm1', f'{name}.layer_norm1'),
     **_norm(f'{path}/layer_norm2', f'{name}.layer_norm2'),
@@ -162,4 +166,3 @@ def to_released(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       packed.setdefault(rule.name, {})[rule.part] = _to_torch(array, rule.kind)
   tensors.update({name: np.concatenate([parts[i] for i in range(3)]) for name, parts in packed.items()})
   return tensors
-

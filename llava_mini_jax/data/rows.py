@@ -98,7 +98,8 @@ def build_row(
       'E_TOO_LONG', where, f'expected at most {shape.fused_text} instruction tokens to fuse; found {len(fused_at)}'
     )
   fuse_index = np.full((shape.visuals, shape.fused_text), shape.length, np.int32)
-  fuse_index[:visuals, : len(fused_at)] = fused_at
+  if visuals:
+    fuse_index[:visuals, : len(fused_at)] = fused_at
   slot_index = np.full((shape.visuals, c), shape.length, np.int32)
   slots = [start[i] + np.arange(width[i]) for i in np.flatnonzero(is_tag)]
   if slots:

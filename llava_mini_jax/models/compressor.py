@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_mini_jax.config import CompressorConfig
-from llava_mini_jax.models.layers import LayerNorm, fan_in, param, zeros
+from llava_mini_jax.models.layers import LayerNorm, fan_in, linear, param, zeros
 from llava_mini_jax.models.positions import resize_table, sincos_table
 
 
@@ -25,7 +25,10 @@ class QueryCompressor(nnx.Module):
     self.query = param(rngs, nnx.initializers.truncated_normal(config.init_std), (c, width), ('position', 'norm'))
     # A parameter, not a constant: released training updates the table.
     self.pos_embed = param(
-      rngs, lambda key, shape, dtype: jnp.asarray(sincos_table(config.grid, width), dtype), (c, width), ('position', 'norm')
+      rngs,
+      lambda key, shape, dtype: jnp.asarray(sincos_table(config.grid, width), dtype),
+      (c, width),
+      ('position', 'norm'),
     )
     if config.attention == 'mha':
       heads, axes = (n, width // n), ('vision_heads', 'head_dim')
@@ -45,7 +48,9 @@ class QueryCompressor(nnx.Module):
     if self.config.key_position == 'query_table':
       return resize_table(self.pos_embed[...], self.config.grid, grid)
     width = self.query.shape[-1]
-    return jnp.zeros((num_keys, width)) if self.config.key_position == 'none' else jnp.asarray(sincos_table(grid, width))
+    return (
+      jnp.zeros((num_keys, width)) if self.config.key_position == 'none' else jnp.asarray(sincos_table(grid, width))
+    )
 
   def __call__(self, x: jax.Array, *, return_attention: bool = False):
     """x [B P W] -> [B C W], and with `return_attention` the head-mean weights float32[B C P].
@@ -62,12 +67,11 @@ class QueryCompressor(nnx.Module):
 
     kv = self.ln_kv(x)
     q = self.ln_q(self.query[...].astype(x.dtype)) + query_pos
-    q = jnp.einsum('CW,WNH->CNH', q, self.q_proj[...].astype(x.dtype)) + self.q_proj_bias[...].astype(x.dtype)
-    k = jnp.einsum('BPW,WNH->BPNH', kv + key_pos, self.k_proj[...].astype(x.dtype))
-    k = k + self.k_proj_bias[...].astype(x.dtype)
-    v = jnp.einsum('BPW,WNH->BPNH', kv, self.v_proj[...].astype(x.dtype)) + self.v_proj_bias[...].astype(x.dtype)
+    q = linear(q, self.q_proj[...]) + self.q_proj_bias[...].astype(x.dtype)
+    k = linear(kv + key_pos, self.k_proj[...]) + self.k_proj_bias[...].astype(x.dtype)  # [B P N H]
+    v = linear(kv, self.v_proj[...]) + self.v_proj_bias[...].astype(x.dtype)
     scores = jnp.einsum('CNH,BPNH->BNCP', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum('BNCP,BPNH->BCNH', weights.astype(x.dtype), v)
-    out = jnp.einsum('BCNH,NHW->BCW', out, self.out_proj[...].astype(x.dtype)) + self.out_proj_bias[...].astype(x.dtype)
+    out = linear(out, self.out_proj[...], inputs=2) + self.out_proj_bias[...].astype(x.dtype)
     return (out, weights.mean(1)) if return_attention else out

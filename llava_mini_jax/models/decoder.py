@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_mini_jax.config import DecoderConfig
+from llava_mini_jax.config import DecoderConfig, ScanConfig
 from llava_mini_jax.models.layers import LlamaLayer, RMSNorm, param, rope_tables, scan_layers, stack_layers
 from llava_mini_jax.sharding import constrain
 from llava_mini_jax.types import KVCache
 
 
 class Decoder(nnx.Module):
-  def __init__(self, config: DecoderConfig, *, remat: str, rngs: nnx.Rngs):
+  def __init__(self, config: DecoderConfig, *, scan: ScanConfig, rngs: nnx.Rngs):
     self.config = config
-    self.remat = remat
+    self.scan = scan
     init = nnx.initializers.normal(config.initializer_range)
     self.embed_tokens = param(rngs, init, (config.vocab_size, config.hidden_size), ('vocab', 'embed'))
     self.layers = stack_layers(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
@@ -54,7 +54,7 @@ class Decoder(nnx.Module):
       x, _ = layer(x, rope, mask)
       return x, x if return_hidden else None
 
-    x, hidden = scan_layers(body, x, self.layers, remat=self.remat)
+    x, hidden = scan_layers(body, x, self.layers, self.scan)
     return (self.norm(x), hidden) if return_hidden else self.norm(x)
 
   def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
@@ -83,5 +83,5 @@ class Decoder(nnx.Module):
       layer, keys, values = layer_and_cache
       return layer(x, rope, mask, (keys, values, write_at))
 
-    x, (keys, values) = scan_layers(body, x, (self.layers, cache.keys, cache.values))
+    x, (keys, values) = scan_layers(body, x, (self.layers, cache.keys, cache.values), self.scan)
     return self.norm(x), KVCache(keys, values, cache.length + count)

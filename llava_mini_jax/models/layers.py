@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llava_mini_jax.config import DecoderConfig, RopeScaling
+from llava_mini_jax.config import DecoderConfig, RopeScaling, ScanConfig
 from llava_mini_jax.sharding import constrain
 
 Init = Callable[..., jax.Array]
@@ -38,15 +38,26 @@ def fan_in(*axes: int) -> Init:
 zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
 
 
+def linear(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+  """x[... in] · kernel[in, out], where `in` may be the last few axes of x (`inputs` of them) and `out` any number.
+
+  The same as an einsum, but as one matrix product: XLA on CPUs computes the gradient of a product with more axes
+  several times slower.
+  """
+  lead, out = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+  size = math.prod(kernel.shape[:inputs])
+  return (x.reshape(-1, size) @ kernel.astype(x.dtype).reshape(size, -1)).reshape(*lead, *out)
+
+
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
   """`count` layers as one module whose every parameter has a leading `layer` axis."""
   build = nnx.transform_metadata(lambda key: make(nnx.Rngs(key)), partition='layer')
   return jax.vmap(build)(jax.random.split(rngs.params(), count))
 
 
-def scan_layers(body: Callable, x: Any, layers: Any, *, remat: str = 'none') -> tuple[Any, Any]:
-  """lax.scan of `body(x, layer) -> (x, out)` over stacked layers; `remat='full'` keeps only each layer's input."""
-  return jax.lax.scan(jax.checkpoint(body) if remat == 'full' else body, x, layers)
+def scan_layers(body: Callable, x: Any, layers: Any, config: ScanConfig) -> tuple[Any, Any]:
+  """lax.scan of `body(x, layer) -> (x, out)` over stacked layers."""
+  return jax.lax.scan(jax.checkpoint(body) if config.remat == 'full' else body, x, layers, unroll=config.unroll)
 
 
 class LayerNorm(nnx.Module):
@@ -81,7 +92,7 @@ class Linear(nnx.Module):
     self.bias = param(rngs, zeros, (size_out,), axes[1:])
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+    return linear(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -135,17 +146,17 @@ class LlamaAttention(nnx.Module):
     Returns:
       [B L D], and the keys and values attended to.
     """
-    q = jnp.einsum('BLD,DNH->BLNH', x, self.q_proj[...].astype(x.dtype))
-    k = jnp.einsum('BLD,DKH->BLKH', x, self.k_proj[...].astype(x.dtype))
-    v = jnp.einsum('BLD,DKH->BLKH', x, self.v_proj[...].astype(x.dtype))
-    q, k = rotate(q, rope), rotate(k, rope)
+    q = linear(x, self.q_proj[...])
+    k = linear(x, self.k_proj[...])
+    v = linear(x, self.v_proj[...])
+    q, k = rotate(q, rope), rotate(k, rope)  # [B L N H], [B L K H]
     q = constrain(q, 'batch', 'length', 'act_heads', None)
     if cache is not None:
       keys, values, slots = cache
       write = jax.vmap(lambda store, at, new: store.at[at].set(new.astype(store.dtype), mode='drop'))
       k, v = write(keys, slots, k), write(values, slots, v)
     y = jax.nn.dot_product_attention(q, k.astype(x.dtype), v.astype(x.dtype), mask=mask)
-    return jnp.einsum('BLNH,NHD->BLD', y, self.o_proj[...].astype(x.dtype)), (k, v)
+    return linear(y, self.o_proj[...], inputs=2), (k, v)
 
 
 class LlamaMLP(nnx.Module):
@@ -159,9 +170,8 @@ class LlamaMLP(nnx.Module):
     self.down_proj = param(rngs, init, (f, d), ('mlp', 'embed'))
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [B L D] -> [B L D]
-    gate = x @ self.gate_proj[...].astype(x.dtype)
-    y = jax.nn.silu(gate) * (x @ self.up_proj[...].astype(x.dtype))
-    return constrain(y, 'batch', 'length', 'act_mlp') @ self.down_proj[...].astype(x.dtype)
+    y = jax.nn.silu(linear(x, self.gate_proj[...])) * linear(x, self.up_proj[...])
+    return linear(constrain(y, 'batch', 'length', 'act_mlp'), self.down_proj[...])
 
 
 class LlamaLayer(nnx.Module):

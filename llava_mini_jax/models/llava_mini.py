@@ -33,13 +33,13 @@ def to_raster(crops: jax.Array) -> jax.Array:
 class LlavaMini(nnx.Module):
   def __init__(self, config: LlavaMiniConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.vision = VisionTower(config.vision, remat=config.remat, rngs=rngs)
+    self.vision = VisionTower(config.vision, scan=config.scan, rngs=rngs)
     self.projector = Projector(config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
     if config.compressor.kind == 'query':
       self.compressor = QueryCompressor(config.compressor, config.compressor_width, rngs=rngs)
-    self.decoder = Decoder(config.decoder, remat=config.remat, rngs=rngs)
+    self.decoder = Decoder(config.decoder, scan=config.scan, rngs=rngs)
     if config.prefusion.num_layers:
-      self.prefusion = Prefusion(config.prefusion, config.decoder, remat=config.remat, rngs=rngs)
+      self.prefusion = Prefusion(config.prefusion, config.decoder, scan=config.scan, rngs=rngs)
       if config.prefusion.init == 'decoder':
         first = jax.tree.map(lambda leaf: leaf[: config.prefusion.num_layers], nnx.state(self.decoder.layers))
         nnx.update(self.prefusion.layers, first)
@@ -137,9 +137,7 @@ def splice(text: jax.Array, compressed: jax.Array, fused: jax.Array, batch: Batc
     return row.at[slot_index].set(compressed.astype(text.dtype), mode='drop')
 
   rows = text.shape[0]
-  x = jax.vmap(one_row)(
-    text, compressed, fused, batch.fuse_index.reshape(rows, -1), batch.slot_index.reshape(rows, -1)
-  )
+  x = jax.vmap(one_row)(text, compressed, fused, batch.fuse_index.reshape(rows, -1), batch.slot_index.reshape(rows, -1))
   return constrain(x, 'batch', 'length', 'act_embed')
 
 

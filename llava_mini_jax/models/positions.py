@@ -33,9 +33,7 @@ def bicubic_weights(size_in: int, size_out: int) -> np.ndarray:
     distance = np.abs(source - (first + tap))
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
-    np.add.at(
-      weights, (np.arange(size_out), np.clip(first + tap, 0, size_in - 1)), np.where(distance <= 1, near, far)
-    )
+    np.add.at(weights, (np.arange(size_out), np.clip(first + tap, 0, size_in - 1)), np.where(distance <= 1, near, far))
   return weights.astype(np.float32)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_mini_jax.config import DecoderConfig, PrefusionConfig
+from llava_mini_jax.config import DecoderConfig, PrefusionConfig, ScanConfig
 from llava_mini_jax.models.layers import LlamaLayer, rope_tables, scan_layers, stack_layers
 
 
@@ -24,9 +24,9 @@ def positions_and_mask(valid: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Prefusion(nnx.Module):
-  def __init__(self, config: PrefusionConfig, decoder: DecoderConfig, *, remat: str, rngs: nnx.Rngs):
+  def __init__(self, config: PrefusionConfig, decoder: DecoderConfig, *, scan: ScanConfig, rngs: nnx.Rngs):
     self.decoder_config = decoder
-    self.remat = remat
+    self.scan = scan
     self.layers = stack_layers(lambda rngs: LlamaLayer(decoder, rngs=rngs), config.num_layers, rngs)
 
   def __call__(self, x: jax.Array, valid: jax.Array, *, return_hidden: bool = False):
@@ -41,5 +41,5 @@ class Prefusion(nnx.Module):
       x, _ = layer(x, rope, mask)
       return x, x if return_hidden else None
 
-    x, hidden = scan_layers(body, x, self.layers, remat=self.remat)
+    x, hidden = scan_layers(body, x, self.layers, self.scan)
     return (x, hidden) if return_hidden else x

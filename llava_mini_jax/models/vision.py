@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_mini_jax.config import IMAGE_MEAN, IMAGE_STD, VisionConfig
-from llava_mini_jax.models.layers import LayerNorm, Linear, fan_in, param, scan_layers, stack_layers, zeros
+from llava_mini_jax.config import IMAGE_MEAN, IMAGE_STD, ScanConfig, VisionConfig
+from llava_mini_jax.models.layers import LayerNorm, Linear, fan_in, linear, param, scan_layers, stack_layers, zeros
+from llava_mini_jax.models.positions import sincos_table
 from llava_mini_jax.sharding import constrain
 
 
@@ -17,6 +20,13 @@ def normalize_pixels(pixels: jax.Array) -> jax.Array:
     return pixels
   scaled = pixels.astype(jnp.float32) * jnp.float32(1 / 255)
   return (scaled - jnp.asarray(IMAGE_MEAN, jnp.float32)) / jnp.asarray(IMAGE_STD, jnp.float32)
+
+
+def _initial_positions(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+  """Zero for the class token, the 2-D sin-cos table for the patches: a tower trained from scratch knows the grid."""
+  del key
+  grid = math.isqrt(shape[0] - 1)
+  return jnp.zeros(shape, dtype).at[1:].set(sincos_table(grid, shape[1]))
 
 
 class VisionAttention(nnx.Module):
@@ -34,12 +44,12 @@ class VisionAttention(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [B P W] -> [B P W]
     def heads(kernel, bias):
-      return jnp.einsum('BPW,WNH->BPNH', x, kernel[...].astype(x.dtype)) + bias[...].astype(x.dtype)
+      return linear(x, kernel[...]) + bias[...].astype(x.dtype)  # [B P N H]
 
     y = jax.nn.dot_product_attention(
       heads(self.q_proj, self.q_proj_bias), heads(self.k_proj, self.k_proj_bias), heads(self.v_proj, self.v_proj_bias)
     )
-    return jnp.einsum('BPNH,NHW->BPW', y, self.out_proj[...].astype(x.dtype)) + self.out_proj_bias[...].astype(x.dtype)
+    return linear(y, self.out_proj[...], inputs=2) + self.out_proj_bias[...].astype(x.dtype)
 
 
 class VisionLayer(nnx.Module):
@@ -60,14 +70,13 @@ class VisionLayer(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-  def __init__(self, config: VisionConfig, *, remat: str, rngs: nnx.Rngs):
+  def __init__(self, config: VisionConfig, *, scan: ScanConfig, rngs: nnx.Rngs):
     self.config = config
-    self.remat = remat
+    self.scan = scan
     w, p = config.hidden_size, config.patch_size
     self.patch_embedding = param(rngs, fan_in(0, 1, 2), (p, p, 3, w), (None, None, None, 'vision_embed'))
-    small = nnx.initializers.normal(0.02)
-    self.class_embedding = param(rngs, small, (w,), ('norm',))
-    self.position_embedding = param(rngs, small, (config.num_patches + 1, w), ('position', 'vision_embed'))
+    self.class_embedding = param(rngs, nnx.initializers.normal(0.02), (w,), ('norm',))
+    self.position_embedding = param(rngs, _initial_positions, (config.num_patches + 1, w), ('position', 'vision_embed'))
     self.pre_layernorm = LayerNorm(w, config.layer_norm_eps, rngs=rngs)
     count = config.num_hidden_layers if config.keep_unused_layers else config.run_layers
     self.layers = stack_layers(lambda rngs: VisionLayer(config, rngs=rngs), count, rngs) if count else None
@@ -79,8 +88,7 @@ class VisionTower(nnx.Module):
     grid, patch = self.config.grid, self.config.patch_size
     x = normalize_pixels(pixels).astype(dtype)
     x = x.reshape(-1, grid, patch, grid, patch, 3)
-    x = jnp.einsum('BghkwC,hwCW->BgkW', x, self.patch_embedding[...].astype(dtype))
-    x = x.reshape(-1, grid * grid, self.config.hidden_size)
+    x = linear(x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid**2, patch, patch, 3), self.patch_embedding[...], inputs=3)
     first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(dtype)
     return self.pre_layernorm(constrain(x, 'batch', 'length', 'act_embed'))
@@ -90,5 +98,5 @@ class VisionTower(nnx.Module):
     x = self.embed(pixels, dtype)
     if run := self.config.run_layers:
       layers = jax.tree.map(lambda leaf: leaf[:run], self.layers)
-      x, _ = scan_layers(lambda x, layer: (layer(x), None), x, layers, remat=self.remat)
+      x, _ = scan_layers(lambda x, layer: (layer(x), None), x, layers, self.scan)
     return x[:, 1:]

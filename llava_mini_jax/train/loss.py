@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
-def next_token_loss(logits: jax.Array, targets: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def next_token_loss(
+  logits: jax.Array, targets: jax.Array, loss_mask: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean over all learnt tokens of the batch; 0, not NaN, when there is none.
 
   Args:

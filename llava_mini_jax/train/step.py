@@ -37,7 +37,9 @@ class Trainer:
   shardings: State  # NamedSharding of every leaf of the state
   abstract: State  # ShapeDtypeStruct with sharding of every leaf
   init: Callable[[jax.Array], State]  # key -> state, created sharded
-  step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]  # donates the state
+  # (state, batch) -> (state, metrics {loss, accuracy, target_tokens, grad_norm, learning_rate}); donates the state.
+  # grad_norm is before clipping, learning_rate that of the fastest group.
+  step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 
 def split_frozen(flat: dict[str, Any], rates: dict[str, float | None]) -> tuple[dict, dict]:
@@ -73,6 +75,7 @@ def make_trainer(
     params, frozen = split_frozen(flat, rates)
     return dict(step=jnp.int32(0), params=params, frozen=frozen, opt=tx.init(params))
 
+  peak_rate = max(rate for rate in rates.values() if rate is not None)
   with use_mesh(mesh):
     shapes = jax.eval_shape(init, jax.random.key(0))
   one = replicated(mesh)
@@ -89,7 +92,7 @@ def make_trainer(
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state['params'])
     updates, opt = tx.update(grads, state['opt'], state['params'])
-    metrics |= dict(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate_factor=factor(state['step']))
+    metrics |= dict(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=peak_rate * factor(state['step']))
     new = dict(state, step=state['step'] + 1, params=optax.apply_updates(state['params'], updates), opt=opt)
     return new, metrics
 

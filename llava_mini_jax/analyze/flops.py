@@ -1,0 +1,107 @@
+"""Matrix-multiply FLOPs (2 per multiply-add) of a step, by component, from the config alone.
+
+Counts every matmul including attention; the embedding lookup is free. The
+unembedding is counted on all positions. Backward costs twice the forward where
+parameters train or gradients pass through; the frozen vision tower has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+
+from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, VisionConfig
+
+PEAK_FLOPS = {  # bf16, per device, as published by the makers
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """FLOPs of one forward pass, by component."""
+
+  vision: float
+  projector: float
+  compressor: float
+  prefusion: float
+  decoder: float
+
+  @property
+  def total(self) -> float:
+    return self.vision + self.projector + self.compressor + self.prefusion + self.decoder
+
+
+def _llama_layer(config: DecoderConfig, tokens: int) -> float:
+  d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+  n, k = config.num_attention_heads, config.num_key_value_heads
+  weights = d * h * (2 * n + 2 * k) + 3 * d * f
+  return 2 * tokens * weights + 4 * tokens**2 * n * h
+
+
+def _vision(config: VisionConfig) -> float:
+  w, f, tokens = config.hidden_size, config.intermediate_size, config.num_patches + 1
+  layer = 2 * tokens * (4 * w * w + 2 * w * f) + 4 * tokens**2 * w
+  return 2 * config.num_patches * 3 * config.patch_size**2 * w + config.run_layers * layer
+
+
+def forward_flops(
+  config: LlavaMiniConfig, *, rows: int, length: int, visuals: int, fused_text: int, views: int = 1
+) -> Flops:
+  """One forward pass over a Batch of these static sizes (padding included, as the device computes it)."""
+  w, d = config.vision.hidden_size, config.decoder.hidden_size
+  images, patches, c = rows * visuals, config.vision.num_patches * views, config.tokens_per_visual
+  keys = patches if views == 1 else patches - config.vision.num_patches
+  learnt = config.compressor.kind == 'query'
+  projected = patches + (c if learnt and config.compressor.space == 'vision' else 0)
+  compressor = 0.0
+  if learnt:
+    width = config.compressor_width
+    linears = 2 * 2 * (keys + c) * width**2 if config.compressor.attention == 'mha' else 0.0
+    compressor = linears + 4 * keys * c * width
+  sequence = patches + fused_text + (c if learnt and config.prefusion.fuse_compressed else 0)
+  layers = config.decoder.num_hidden_layers * _llama_layer(config.decoder, length)
+  return Flops(
+    vision=images * views * _vision(config.vision),
+    projector=images * 2 * projected * (w * d + d * d),
+    compressor=images * compressor,
+    prefusion=images * config.prefusion.num_layers * _llama_layer(config.decoder, sequence),
+    decoder=rows * (layers + 2 * length * d * config.decoder.vocab_size),
+  )
+
+
+def training_flops(config: LlavaMiniConfig, *, frozen_vision: bool, **sizes: int) -> float:
+  """One training step without recomputation: 3 × forward, the frozen tower 1 ×. `sizes` as `forward_flops`."""
+  forward = forward_flops(config, **sizes)
+  return 3 * forward.total - (2 * forward.vision if frozen_vision else 0.0)
+
+
+def peak_flops(dtype: str) -> float:
+  """Peak FLOP/s of all devices: published for known accelerators, else measured on a matmul of `dtype`."""
+  kind = jax.devices()[0].device_kind
+  if kind in PEAK_FLOPS:
+    return PEAK_FLOPS[kind] * jax.device_count()
+  # Emulated devices share one machine, so an unknown device is measured once, not per device.
+  size, repeats = 1024, 3
+  x = jnp.ones((size, size), dtype)
+  multiply = jax.jit(lambda x: x @ x)
+  multiply(x).block_until_ready()
+  best = float('inf')
+  for _ in range(repeats):
+    start = time.perf_counter()
+    multiply(x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best

@@ -1,0 +1,154 @@
+"""Annotation files, or the data set embedded in a package -> a prepared dataset directory.
+
+Leaves: `<out>/` with the array_record files (`records.open_split`), `tokenizer/` trained on the `train` split, and
+`summary.json`: what was kept, what was refused and why. It appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_mini_jax.config import ConfigError
+from llava_mini_jax.data import easy_vqa, records
+from llava_mini_jax.data.conversation import IMAGE_TAG
+from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.records import Record
+from llava_mini_jax.data.sources import Report, read_llava
+from llava_mini_jax.data.tokenizer import SPECIAL_TOKENS, fingerprint, save_tokenizer, train_tokenizer
+
+EASY_VQA = 'easy_vqa'
+_LISTED = 20  # refusals shown; summary.json holds them all
+
+Progress = Callable[[Iterable[Record], str], Iterable[Record]]
+
+
+@dataclasses.dataclass
+class _Split:
+  """A split to be: its records, yet to be read, and what is known once they are."""
+
+  file: str
+  records: Iterator[Record]
+  report: Report
+
+
+def prepare(
+  files: Sequence[str],
+  out: str | os.PathLike,
+  *,
+  splits: Sequence[str] = ('train',),
+  image_root: str | os.PathLike | None = None,
+  tokenizer_vocab_size: int = 512,
+  max_refused: float = 0.0,
+  number_duplicates: bool = False,
+  force: bool = False,
+  progress: Progress = lambda iterable, split: iterable,
+) -> dict[str, Any]:
+  """Reads, checks and writes; see the module docstring.
+
+  Args:
+    files: LLaVA-style annotation files (`sources.read_llava`); or 'easy_vqa' alone, which brings its own splits.
+    splits: the name of the split that each file becomes.
+    image_root: where the image paths are relative to; None = text only.
+    tokenizer_vocab_size: of the tokenizer to train; 0 = train none.
+    max_refused: share of a file's samples that may be refused. With the default any refusal fails the whole, after
+      all samples of the file were looked at, so that one run shows everything there is to mend in it.
+    number_duplicates: as `sources.read_llava`.
+    force: replace an existing prepared dataset.
+    progress: wraps the records of a split, e.g. in a progress bar.
+  Returns:
+    What `summary.json` holds: {'splits': {name: {'records': int, 'refused': int, 'source': str}}, 'refused': [{'code',
+    'where', 'reason'}], 'tokenizer': {'size': int, 'sha256': str} or None}.
+  Raises:
+    ConfigError: files and splits that do not pair.
+    DataError: E_REFUSED (more than max_refused; lists the first), E_OUT_EXISTS, E_SPLIT_NAME, E_EMPTY, E_NO_SOURCE,
+      E_JSON, E_VOCAB_SIZE.
+  """
+  reserved = SPECIAL_TOKENS if tokenizer_vocab_size else ()
+  with records.staged(out, force=force) as directory:
+    found = _open(files, splits, image_root, reserved, number_duplicates)
+    iterators = {name: _checked(name, split, max_refused, progress) for name, split in found.items()}
+    description = easy_vqa.DESCRIPTION if EASY_VQA in files else f'LLaVA-style samples of {", ".join(files)}'
+    counts = records.write_splits(directory, iterators, description=description)
+    summary = {
+      'splits': {
+        name: {'records': counts[name], 'refused': len(split.report.refused), 'source': split.file}
+        for name, split in found.items()
+      },
+      'refused': [
+        {'code': error.code, 'where': error.where, 'reason': error.message}
+        for split in found.values()
+        for error in split.report.refused
+      ],
+      'tokenizer': None,
+    }
+    if tokenizer_vocab_size:
+      learnt_from = ['train'] if 'train' in found else list(found)
+      tokenizer = train_tokenizer(_texts(directory, learnt_from), tokenizer_vocab_size)
+      save_tokenizer(tokenizer, directory / 'tokenizer')
+      summary['tokenizer'] = {'size': len(tokenizer), 'sha256': fingerprint(tokenizer)}
+    (directory / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+  return summary
+
+
+def describe(summary: dict[str, Any]) -> str:
+  """The summary in a few lines: counts by split, the first refusals, the tokenizer."""
+  lines = [
+    f'{name}: {split["records"]} records from {split["source"]}, {split["refused"]} refused'
+    for name, split in summary['splits'].items()
+  ]
+  lines += _listing([f'{entry["code"]}: {entry["where"]}: {entry["reason"]}' for entry in summary['refused']])
+  if summary['tokenizer']:
+    lines.append(f'tokenizer: {summary["tokenizer"]["size"]} tokens')
+  return '\n'.join(lines)
+
+
+def _open(
+  files: Sequence[str],
+  splits: Sequence[str],
+  image_root: str | os.PathLike | None,
+  reserved: Sequence[str],
+  number_duplicates: bool,
+) -> dict[str, _Split]:
+  if EASY_VQA in files:
+    if len(files) > 1:
+      raise ConfigError(f'source: {EASY_VQA} brings its own splits and cannot be joined with {len(files) - 1} more')
+    return {name: _Split(EASY_VQA, found, Report()) for name, found in easy_vqa.splits().items()}
+  if len(files) != len(splits) or len(set(splits)) < len(splits) or not files:
+    raise ConfigError(
+      f'split: expected a name of its own for each of {len(files)} source(s); found {", ".join(splits)}'
+    )
+  found = {}
+  for file, name in zip(files, splits, strict=True):
+    report = Report()
+    samples = read_llava(file, image_root, report, reserved=reserved, number_duplicates=number_duplicates)
+    found[name] = _Split(file, samples, report)
+  return found
+
+
+def _checked(name: str, split: _Split, max_refused: float, progress: Progress) -> Iterator[Record]:
+  """Passes records on; at their end, raises E_REFUSED if too many were refused."""
+  yield from progress(split.records, name)
+  report = split.report
+  refused = len(report.refused)
+  if report.refused_share > max_refused:
+    head = f'{refused} of {refused + report.kept} sample(s) refused, allowed are {max_refused:.2%} (--max_refused):'
+    raise DataError('E_REFUSED', split.file, '\n'.join([head, *_listing([str(error) for error in report.refused])]))
+
+
+def _listing(lines: list[str]) -> list[str]:
+  more = len(lines) - _LISTED
+  return [f'  {line}' for line in lines[:_LISTED]] + ([f'  and {more} more'] if more > 0 else [])
+
+
+def _texts(directory: Path, splits: list[str]) -> Iterator[str]:
+  """What the splits just written say, tags apart."""
+  for name in splits:
+    split = records.open_split(directory, name)
+    for index in range(len(split)):
+      for turn in split[index]['conversations']:
+        yield turn['value'].replace(IMAGE_TAG, '').strip()

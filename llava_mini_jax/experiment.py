@@ -1,0 +1,122 @@
+"""One experiment: the model, its data and its training, as frozen dataclasses.
+
+`configs/*.py` build these and hand them out as `ml_collections.ConfigDict`s, so
+that every field can be overridden on the command line; `from_dict` turns what
+comes back into typed, checked values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig, build_dataclass, require_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where samples come from and what a row looks like."""
+
+  dataset: str = ''  # directory written by launch/prepare_data.py
+  split: str = 'train'
+  tokenizer: str = ''  # HF fast tokenizer directory; '' = the one prepared with the dataset
+  template: str = 'vicuna_v1'  # conversation template: a name or a Jinja file
+  default_system: bool = True  # False leaves the template's system text out
+  row_length: int = 2048  # L
+  visuals_per_row: int = 1  # M
+  fused_text: int = 0  # T; 0 = row_length
+  aspect: str = 'pad'  # pad to a square with the mean colour, or crop the centre
+  max_turns: int = 0  # keep a random 1…max_turns questions of a record, in random order; 0 = the conversation as it is
+  flip: float = 0.0  # probability of a horizontal flip
+  shift: int = 0  # most pixels of a random shift that keeps the content inside
+  workers: int = 0  # data worker processes
+
+  def __post_init__(self):
+    require_choice('DataConfig.aspect', self.aspect, ('pad', 'crop'))
+    for field in ('row_length', 'visuals_per_row'):
+      if getattr(self, field) < 1:
+        raise ConfigError(f'DataConfig.{field}: expected a positive integer; found {getattr(self, field)}')
+    for field in ('fused_text', 'max_turns', 'shift', 'workers'):
+      if getattr(self, field) < 0:
+        raise ConfigError(f'DataConfig.{field}: expected 0 or more; found {getattr(self, field)}')
+    if not 0 <= self.flip <= 1:
+      raise ConfigError(f'DataConfig.flip: expected a probability; found {self.flip}')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How it trains. `groups` is a table of (path pattern, peak learning rate or 'frozen'); the first match decides."""
+
+  groups: tuple = (('.*', 1e-4),)
+  batch_size: int = 256  # global
+  epochs: float = 1.0
+  max_steps: int = 0  # ends earlier; the schedule is laid out over the shorter of the two. 0 = no limit
+  seed: int = 0
+  warmup_ratio: float = 0.03
+  weight_decay: float = 0.0
+  beta1: float = 0.9
+  beta2: float = 0.999
+  eps: float = 1e-8
+  max_grad_norm: float = 1.0
+  mesh: tuple = (1, -1, 1)  # data × fsdp × tensor; -1 = the remaining devices
+  log_every: int = 10
+  save_every: int = 500
+  keep: int = 3  # newest checkpoints kept
+
+  def __post_init__(self):
+    for field in ('batch_size', 'log_every', 'save_every', 'keep'):
+      if getattr(self, field) < 1:
+        raise ConfigError(f'TrainConfig.{field}: expected a positive integer; found {getattr(self, field)}')
+    for field, top in (('warmup_ratio', 1.0), ('beta1', 1.0), ('beta2', 1.0)):
+      if not 0 <= getattr(self, field) < top:
+        raise ConfigError(f'TrainConfig.{field}: expected 0 <= value < {top:g}; found {getattr(self, field)}')
+    for field in ('epochs', 'eps', 'max_grad_norm'):
+      if not getattr(self, field) > 0:
+        raise ConfigError(f'TrainConfig.{field}: expected a positive number; found {getattr(self, field)}')
+    if self.weight_decay < 0 or self.max_steps < 0:
+      raise ConfigError('TrainConfig: weight_decay and max_steps must not be negative')
+    for row in self.groups:
+      if len(row) != 2 or not isinstance(row[0], str):
+        raise ConfigError(f"TrainConfig.groups: expected (pattern, learning rate or 'frozen'); found {row!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  model: LlavaMiniConfig
+  data: DataConfig
+  train: TrainConfig
+
+  def to_dict(self) -> dict[str, Any]:
+    return dict(model=self.model.to_dict(), data=dataclasses.asdict(self.data), train=dataclasses.asdict(self.train))
+
+  def to_config_dict(self) -> ml_collections.ConfigDict:
+    """For `config_flags`: every field can be overridden, `--config.train.batch_size=64`."""
+    return ml_collections.ConfigDict(self.to_dict())
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
+    """Inverse of `to_dict`, also from a ConfigDict or JSON. Raises ConfigError naming what is wrong."""
+    if isinstance(values, ml_collections.ConfigDict):
+      values = values.to_dict()
+    unknown = sorted(set(values) - {'model', 'data', 'train'})
+    missing = sorted({'model', 'data', 'train'} - set(values))
+    if unknown or missing:
+      raise ConfigError(f'config: expected the sections model, data, train; missing {missing}, unknown {unknown}')
+    return cls(
+      model=LlavaMiniConfig.from_dict(values['model']),
+      data=build_dataclass(DataConfig, values['data'], 'data'),
+      train=build_dataclass(TrainConfig, values['train'], 'train'),
+    )
+
+  def total_steps(self, records: int) -> int:
+    """Steps of a run over that many records: whole batches only. Raises ConfigError if there is none."""
+    steps = int(self.train.epochs * records) // self.train.batch_size
+    steps = min(steps, self.train.max_steps) if self.train.max_steps else steps
+    if not steps:
+      raise ConfigError(
+        f'{records} records × {self.train.epochs:g} epochs do not fill one batch of {self.train.batch_size}'
+      )
+    return steps
