@@ -5,36 +5,32 @@ python launch/train.py --config=configs/tiny_easy_vqa.py --workdir=runs/tiny
 Longer: --config=configs/tiny_easy_vqa.py:epochs=40
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
 
-def get_config(arguments: str = '') -> ConfigDict:
-  epochs = float(arguments.removeprefix('epochs=')) if arguments else 15.0
-  model = LlavaMiniConfig.preset('tiny')
+def get_config(arguments: str = 'epochs=8') -> ConfigDict:
   return Experiment(
-    model=dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, vocab_size=512)),
+    model=LlavaMiniConfig.preset('tiny'),
     data=DataConfig(
       dataset='data/easy_vqa',
-      template='vicuna_v1',
-      default_system=False,
-      row_length=72,
-      max_turns=4,
+      template='qa',
+      row_length=80,
+      fused_text=60,
+      max_turns=6,
       flip=0.5,
       shift=8,
     ),
     train=TrainConfig(
-      groups=(('.*', 2e-3),),
-      batch_size=64,
-      epochs=epochs,
-      warmup_ratio=0.05,
+      groups=(('(vision|projector|compressor)/.*', 4e-4), ('(prefusion|decoder)/.*', 1e-3)),
+      batch_size=16,
+      epochs=float(arguments.removeprefix('epochs=')),
+      warmup_ratio=0.03,
       weight_decay=0.05,
       beta2=0.99,
-      mesh=(1, -1, 1),
-      save_every=500,
+      log_every=20,
+      save_every=1000,
     ),
   ).to_config_dict()

@@ -7,9 +7,9 @@ Without a question it opens a prompt loop; /image FILE shows another image, an e
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from llava_mini_jax.cli import run
+from llava_mini_jax.cli import launch
 from llava_mini_jax.infer.answer import Answerer
 from llava_mini_jax.infer.chat import answer_once, prompt_loop
 from llava_mini_jax.infer.load import load_run
@@ -33,4 +33,4 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  app.run(run(main, arguments=True))
+  launch(main, arguments=True)

@@ -6,9 +6,9 @@ Add --images=blank or --images=swapped to see how much the model looks.
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from llava_mini_jax.cli import run
+from llava_mini_jax.cli import launch
 from llava_mini_jax.evaluate.run import IMAGES, describe, evaluate
 from llava_mini_jax.infer.answer import Answerer
 from llava_mini_jax.infer.load import load_run
@@ -44,4 +44,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  app.run(run(main))
+  launch(main)

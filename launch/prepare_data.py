@@ -4,10 +4,10 @@ python launch/prepare_data.py --source=easy_vqa --out=data/easy_vqa
 python launch/prepare_data.py --source=train.json,val.jsonl --split=train,validation --image_root=images --out=data/mine
 """
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from llava_mini_jax.cli import run
+from llava_mini_jax.cli import launch
 from llava_mini_jax.data.prepare import describe, prepare
 
 _SOURCE = flags.DEFINE_list('source', None, 'easy_vqa, or LLaVA-style .json/.jsonl files.')
@@ -44,4 +44,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  app.run(run(main))
+  launch(main)

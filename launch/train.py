@@ -6,10 +6,10 @@ Any field can be overridden: --config.train.batch_size=64. Run the same command 
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from llava_mini_jax.cli import run
+from llava_mini_jax.cli import launch
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.train.loop import train
 
@@ -23,4 +23,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  app.run(run(main))
+  launch(main)

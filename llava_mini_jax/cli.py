@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import logging
+from absl import app, logging
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.sharding import MeshError
 from llava_mini_jax.train.checkpoint import CheckpointError
 
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # on import it advises to install PyTorch
+
 USER_ERRORS = (ConfigError, DataError, MeshError, CheckpointError)
 
 
-def run(main: Callable[[Sequence[str]], None], *, arguments: bool = False) -> Callable[[Sequence[str]], None]:
-  """Wraps an absl main: errors of the user's input are printed as one message; bugs keep their traceback.
+def launch(main: Callable[[Sequence[str]], None], *, arguments: bool = False) -> None:
+  """Parses flags and runs `main`; the user's mistakes are printed as one message, bugs keep their traceback.
 
   Args:
     arguments: whether the command takes words besides its flags.
   """
 
-  @functools.wraps(main)
   def wrapped(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # libraries announce every object they make
     if len(argv) > 1 and not arguments:
@@ -33,4 +34,13 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: bool = False) -> Ca
     except USER_ERRORS as error:
       sys.exit(f'error: {error}')
 
-  return wrapped
+  app.run(wrapped, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Config files run, and overrides are looked up in them, while flags are parsed."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    text = ' '.join(str(error.args[0] if error.args else error).split()).strip('\'"')
+    sys.exit(f'error: command line or config: {text or type(error).__name__}')

@@ -155,74 +155,85 @@ def encode_calls(case: Case):
       k += 1
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run_stages(graphdef: nnx.GraphDef, params: dict, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> dict:
+  """One call of the released encoder, under the names of its recorded tensors. Text is not compacted."""
+  model = merge(graphdef, params)
+  out = {}
+  x = model.vision.embed(pixels.reshape(-1, *pixels.shape[2:]), jnp.float32)
+  for layer in range(model.config.vision.run_layers):
+    out[f'clip_hidden{layer}'] = x
+    x = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.vision.layers)(x)
+  out[f'clip_hidden{model.config.vision.run_layers}'] = x
+  features = model.encode_views(pixels)
+  out['clip_features'] = features.reshape(-1, *features.shape[2:])
+  keys = features[:, -1]
+  if features.shape[1] > 1:
+    keys = out['compressor_in'] = to_raster(features[:, :-1])
+    out['proj_hd_views'] = model.projector(features[:, :-1])
+  out['compressor_kv_pos'] = model.compressor.key_positions(keys.shape[1])
+  out['compressor_out'] = model.compressor(keys)
+  patches, out['proj_compressed'], out['compressor_attn'] = model.compress(features, return_attention=True)
+  out['proj_global'] = patches[:, -model.config.vision.num_patches :]
+
+  text = model.decoder.embed(jnp.maximum(ids, 0))
+  joined = out['prefusion_in'] = jnp.concatenate([patches, out['proj_compressed'], text], axis=1)
+  seen = joined.shape[1] - text.shape[1]
+  valid = jnp.concatenate([jnp.ones((len(ids), seen), bool), mask], axis=1)
+  out['prefusion_position_ids'], out['prefusion_allowed'] = positions_and_mask(valid)
+  _, hidden = model.prefusion(joined, valid, return_hidden=True)
+  out |= {f'prefusion_out{layer}': x for layer, x in enumerate(hidden)}
+  out['fused_compressed'], fused = model.fuse(features, text, mask)
+  out['fused_text'] = jnp.where(mask[..., None], fused, text)
+  return out
+
+
 def test_stages(case):
   """Every recorded intermediate of every encoder call, including those at masked slots."""
-  model, arrays = case.model, case.arrays
-  checked = []
-
-  def check(key, actual, exact=False):
-    if key in arrays:
-      if exact:
-        np.testing.assert_array_equal(actual, arrays[key], err_msg=key)
-      else:
-        close(actual, arrays[key], key)
-      checked.append(key)
-
+  arrays, checked = case.arrays, set()
   for prefix, pixels, rows in encode_calls(case):
-    ids = case.ids[rows]
-    features = model.encode_views(jnp.asarray(pixels))
-    check(f'{prefix}clip_features', features.reshape(-1, *features.shape[2:]))
-    check_clip_hidden(model, pixels, functools.partial(check), prefix)
-    if features.shape[1] > 1:
-      check(f'{prefix}compressor_in', to_raster(features[:, :-1]))
-      crops = model.projector(features[:, :-1])
-      check(f'{prefix}proj_hd_views', crops)
-    keys = features[:, -1] if features.shape[1] == 1 else to_raster(features[:, :-1])
-    check(f'{prefix}compressor_kv_pos', model.compressor.key_positions(keys.shape[1]))
-    check(f'{prefix}compressor_out', model.compressor(keys))
-    patches, compressed, attention = model.compress(features, return_attention=True)
-    check(f'{prefix}compressor_attn', attention)
-    check(f'{prefix}proj_compressed', compressed)
-    check(f'{prefix}proj_global', patches[:, -case.config.vision.num_patches :])
-
-    text = model.decoder.embed(jnp.maximum(ids, 0))
-    mask = ids > 0
+    mask = case.ids[rows] > 0
     if case.labels is not None:
       mask = mask & (case.labels[rows] == -100)
-    joined = jnp.concatenate([patches, compressed, text], axis=1)
-    seen = joined.shape[1] - text.shape[1]
-    valid = jnp.concatenate([jnp.ones((len(ids), seen), bool), mask], axis=1)
-    positions, allowed = positions_and_mask(valid)
-    check(f'{prefix}prefusion_in', joined)
-    check(f'{prefix}prefusion_position_ids', positions, exact=True)
-    check(f'{prefix}prefusion_allowed', allowed, exact=True)
-    _, hidden = model.prefusion(joined, valid, return_hidden=True)
-    for layer, out in enumerate(hidden):
-      check(f'{prefix}prefusion_out{layer}', out)
-    fused_compressed, fused_text = model.fuse(features, text, jnp.asarray(mask))
-    check(f'{prefix}fused_compressed', fused_compressed)
-    check(f'{prefix}fused_text', jnp.where(mask[..., None], fused_text, text))
+    for name, actual in run_stages(case.graphdef, case.params, pixels, case.ids[rows], mask).items():
+      if (key := prefix + name) in arrays:
+        if np.issubdtype(arrays[key].dtype, np.floating):
+          close(actual, arrays[key], key)
+        else:
+          np.testing.assert_array_equal(actual, arrays[key], err_msg=key)
+        checked.add(key)
   recorded = {key for key in arrays if key.startswith('enc')}
-  ignored = {key for key in recorded if 'clip_hidden3' in key}  # after the selected layer: never computed
-  assert recorded - ignored == set(checked), f'recorded but not compared: {sorted(recorded - ignored - set(checked))}'
+  unused = {key for key in recorded if f'clip_hidden{case.config.vision.num_hidden_layers}' in key}  # never computed
+  assert recorded - unused == checked, f'recorded but not compared: {sorted(recorded - unused - checked)}'
 
 
-def check_clip_hidden(model: LlavaMini, pixels: np.ndarray, check, prefix: str) -> None:
-  flat = jnp.asarray(pixels).reshape(-1, *pixels.shape[2:])
-  x = model.vision.embed(flat, jnp.float32)
-  check(f'{prefix}clip_hidden0', x)
-  for layer in range(model.config.vision.run_layers):
-    x = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.vision.layers)(x)
-    check(f'{prefix}clip_hidden{layer + 1}', x)
-
-
-def compare_whole(case: Case, batch: Batch, prefix: str = '', lm: str = '') -> None:
-  """Spliced embeddings, labels, decoder layers, logits and loss through our own row layout."""
-  model, arrays = case.model, case.arrays
-  mask = arrays[f'{lm}lm_attention_mask']
+@functools.partial(jax.jit, static_argnums=0)
+def run_whole(graphdef: nnx.GraphDef, params: dict, batch: Batch) -> tuple[jax.Array, ...]:
+  """Decoder input, every layer's output (the last one normed), logits."""
+  model = merge(graphdef, params)
   embeds = model.embed(batch)
   hidden, layers = model.decoder(embeds, batch.positions, batch.segment_ids, return_hidden=True)
-  logits = model.decoder.logits(hidden)
+  return embeds, [*layers[:-1], hidden], model.decoder.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_gradients(graphdef: nnx.GraphDef, params: dict, batch: Batch) -> tuple[jax.Array, dict]:
+  def loss(params):
+    return next_token_loss(merge(graphdef, params)(batch), batch.targets, batch.loss_mask)[0]
+
+  return jax.value_and_grad(loss)(params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def run_generate(graphdef: nnx.GraphDef, params: dict, batch: Batch, count: int) -> tuple[jax.Array, jax.Array]:
+  return generate(merge(graphdef, params), batch, max_new_tokens=count, eos_id=None, return_logits=True)
+
+
+def compare_whole(case: Case, batch: Batch, prefix: str = '') -> None:
+  """Spliced embeddings, labels, decoder layers, logits and loss through our own row layout."""
+  arrays = case.arrays
+  mask = arrays['lm_attention_mask']
+  embeds, layers, logits = run_whole(case.graphdef, case.params, batch)
   limit = int(arrays.get('tokenizer_model_max_length', embeds.shape[1]))
 
   def rows(ours, key):
@@ -233,7 +244,7 @@ def compare_whole(case: Case, batch: Batch, prefix: str = '', lm: str = '') -> N
 
   if f'{prefix}inputs_embeds' in arrays:
     rows(embeds, f'{prefix}inputs_embeds')
-  for layer, out in enumerate([*layers[:-1], hidden]):
+  for layer, out in enumerate(layers):
     if f'{prefix}lm_hidden{layer + 1}' in arrays:
       rows(out, f'{prefix}lm_hidden{layer + 1}')
   rows(logits, f'{prefix}logits')
@@ -282,9 +293,7 @@ def test_generate(case):
   if 'gen_ids' not in arrays and not singles:
     pytest.skip('this case records no generation')
   expected = arrays['gen_ids'] if 'gen_ids' in arrays else np.concatenate([arrays[key] for key in singles])
-  ids, logits = generate(
-    case.model, case.batch(labels=None), max_new_tokens=expected.shape[1], eos_id=None, return_logits=True
-  )
+  ids, logits = run_generate(case.graphdef, case.params, case.batch(labels=None), expected.shape[1])
   np.testing.assert_array_equal(ids, expected)
   for i, key in enumerate(singles):
     np.testing.assert_array_equal(ids[i], arrays[key].reshape(-1), err_msg=key)
@@ -299,11 +308,7 @@ def test_gradients(case):
   if not recorded:
     pytest.skip('this case records no gradients')
   batch = case.batch(labels=case.labels)
-
-  def loss(params):
-    return next_token_loss(merge(case.graphdef, params)(batch), batch.targets, batch.loss_mask)[0]
-
-  value, grads = jax.value_and_grad(loss)(case.params)
+  value, grads = run_gradients(case.graphdef, case.params, batch)
   close(value, arrays['loss'], 'loss')
   ours = to_released({path: np.asarray(grad, np.float64) for path, grad in flatten(grads).items()})
   for key in recorded:

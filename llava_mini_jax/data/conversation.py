@@ -9,7 +9,7 @@ what the assistant says with `{% generation %}`.
 Formats: `vicuna_v1` is LLaVA-v1.5's (system, `USER: `, `ASSISTANT:`, `</s>`);
 `plain` is LLaVA's pretraining format (`<image>` caption newline); `llama_3_1`
 has Llama-3's headers with the LLaVA-NeXT system text that the released package
-uses; `chatml` is Qwen's and SmolLM2's. A leading system turn, or `system=`,
+uses; `chatml` is Qwen's and SmolLM2's; `qa` is bare question and answer. A leading system turn, or `system=`,
 replaces the default system text; an empty one leaves it out.
 
 `<image>` is cut out before tokenizing and the pieces are tokenized apart, as
@@ -43,7 +43,7 @@ Turn = Mapping[str, str]
 Span = tuple[int, int]
 
 IMAGE_TAG = '<image>'
-TEMPLATES = ('chatml', 'llama_3_1', 'plain', 'vicuna_v1')
+TEMPLATES = ('chatml', 'llama_3_1', 'plain', 'qa', 'vicuna_v1')
 
 _MARK = '\ud800'  # a lone surrogate encloses assistant output while rendering: valid text cannot contain one
 _SURROGATE = re.compile('[\ud800-\udfff]')

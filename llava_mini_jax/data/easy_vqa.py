@@ -1,7 +1,11 @@
 """The easy-VQA data set (MIT licence, in the PyPI package `easy-vqa`): one coloured shape per 64×64 image.
 
-Leaves: records for `train` (4,000 images, each with all its questions as one conversation) and `test` (1,000 images,
-9,673 records of one question each, with the question's category). Nothing is downloaded.
+Leaves: records for `train` (4,000 images, each with all its questions as one conversation, and again with a caption
+that those questions and answers imply) and `test` (1,000 images, 9,673 records of one question each, with the question's
+category). Nothing is downloaded.
+
+The captions are to a model trained from scratch what LLaVA's first stage is to a pretrained one: they ask for shape and
+color of every image at once, where most of the questions ask for neither.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from llava_mini_jax.data.images import load_image
 from llava_mini_jax.data.records import Record
 
 SHAPES = ('circle', 'rectangle', 'triangle')
+COLORS = ('black', 'blue', 'brown', 'gray', 'green', 'red', 'teal', 'yellow')
+CAPTION_QUESTION = 'describe the image.'
 DESCRIPTION = (
   'easy-VQA (V. Zhou, https://github.com/vzhou842/easy-VQA): questions about one coloured shape on a 64x64 image'
 )
@@ -25,6 +31,25 @@ def category(question: str, answer: str) -> str:
   if answer in ('yes', 'no'):
     return 'yes/no shape' if any(shape in question for shape in SHAPES) else 'yes/no color'
   return 'shape' if answer in SHAPES else 'color'
+
+
+def caption(pairs: list[tuple[str, str]]) -> str | None:
+  """What the questions and answers about one image imply, e.g. `blue circle`; None if they leave color or shape open.
+
+  A question without `not` or `no` that is answered `yes`, and one with it that is answered `no`, states what it names;
+  so does one that names a shape to ask for its color, or the reverse.
+  """
+  stated: set[str] = set()
+  for question, answer in pairs:
+    words = set(question.rstrip('?').split())
+    negated = bool(words & {'not', 'no'})
+    if answer not in ('yes', 'no'):
+      stated |= words | {answer}
+    elif (answer == 'yes') != negated:
+      stated |= words
+  color = next((word for word in COLORS if word in stated), None)
+  shape = next((word for word in SHAPES if word in stated), None)
+  return f'{color} {shape}' if color and shape else None
 
 
 def splits() -> dict[str, Iterator[Record]]:
@@ -56,6 +81,9 @@ def _conversations(images: Iterator[_Image]) -> Iterator[Record]:
     turns = [turn for pair in pairs for turn in _turns(*pair)]
     turns[0]['value'] = f'{IMAGE_TAG}\n{turns[0]["value"]}'
     yield {'id': str(image), 'category': '', 'images': [data], 'conversations': turns}
+    if text := caption(pairs):
+      turns = _turns(f'{IMAGE_TAG}\n{CAPTION_QUESTION}', text)
+      yield {'id': f'{image}-caption', 'category': 'caption', 'images': [data], 'conversations': turns}
 
 
 def _questions(images: Iterator[_Image]) -> Iterator[Record]:

@@ -43,7 +43,7 @@ class Checkpoints:
 
   def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
     """Writes in the background; the state may be donated at once."""
-    self._checkpointer.save_checkpointables_async(step, {'state': state, 'meta': meta})
+    self._checkpointer.save_checkpointables_async(step, {'state': state}, custom_metadata=meta)
 
   def restore(self, abstract: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state, in the shardings of `abstract`, and the meta.
@@ -53,8 +53,7 @@ class Checkpoints:
     """
     step = self._require(step)
     self._compare(abstract, step)
-    loaded = self._checkpointer.load_checkpointables(step, {'state': abstract, 'meta': None})
-    return loaded['state'], loaded['meta']
+    return self._checkpointer.load_checkpointables(step, {'state': abstract})['state'], self.meta(step)
 
   def restore_parameters(self, shardings: dict[str, Any], step: int | None = None) -> dict[str, Any]:
     """Only the parameters (trained and frozen, as one nested dict), for inference.
@@ -87,7 +86,7 @@ class Checkpoints:
 
   def meta(self, step: int | None = None) -> dict[str, Any]:
     """The meta alone. Raises CheckpointError if there is no such step."""
-    return self._checkpointer.load_checkpointables(self._require(step), {'meta': None})['meta']
+    return self._checkpointer.checkpointables_metadata(self._require(step)).custom_metadata
 
   def wait(self) -> None:
     """Until everything is written; raises what a background write raised."""
