@@ -118,6 +118,7 @@ RENDERED = {
     ),
     ['A cat.<|im_end|>', 'A dog.<|im_end|>'],
   ),
+  'qa': ('<image>\nWhat? A cat.</s>And? A dog.</s>', [' A cat.</s>', ' A dog.</s>']),
 }
 # template -> (with a system text, with an empty one), of the single question 'Q'
 SYSTEMS = {
@@ -134,12 +135,14 @@ SYSTEMS = {
     '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n',
     '<|im_start|>user\nQ<|im_end|>\n',
   ),
+  'qa': ('Be brief.\nQ', 'Q'),
 }
 GENERATION_PROMPTS = {
   'vicuna_v1': 'ASSISTANT:',
   'plain': '',
   'llama_3_1': '<|start_header_id|>assistant<|end_header_id|>\n\n',
   'chatml': '<|im_start|>assistant\n',
+  'qa': '',
 }
 
 
@@ -526,7 +529,7 @@ def test_template_errors(tmp_path):
   with pytest.raises(ConfigError) as error:
     load_template('vicuna')
   assert str(error.value) == (
-    "template: expected one of chatml, llama_3_1, plain, vicuna_v1 or a file; found 'vicuna'; did you mean 'vicuna_v1'?"
+    "template: expected one of chatml, llama_3_1, plain, qa, vicuna_v1 or a file; found 'vicuna'; did you mean 'vicuna_v1'?"
   )
   path = tmp_path / 'bad.jinja'
   path.write_text('one\n{% generation %}two')

@@ -293,12 +293,31 @@ def test_an_absolute_path_below_the_root_is_refused_too(root):
     resolve_inside(root, str(root / 'a.png'))
 
 
+@pytest.mark.parametrize(
+  ('pairs', 'expected'),
+  [
+    ([('what is the blue shape?', 'rectangle')], 'blue rectangle'),
+    ([('what color is the circle?', 'teal')], 'teal circle'),
+    ([('is there a red shape?', 'yes'), ('is no triangle present?', 'no')], 'red triangle'),
+    ([('is there not a gray shape in the image?', 'no'), ('is a circle present?', 'yes')], 'gray circle'),
+    ([('is there a red shape?', 'no'), ('what shape is present?', 'circle')], None),
+    ([('does the image not contain a circle?', 'yes'), ('what color is the shape?', 'blue')], None),
+    ([], None),
+  ],
+)
+def test_a_caption_says_what_the_questions_imply_and_no_more(pairs, expected):
+  assert easy_vqa.caption(pairs) == expected
+
+
 def test_easy_vqa():
   splits = {name: list(found) for name, found in easy_vqa.splits().items()}
   train, test = splits['train'], splits['test']
-  assert (len(train), len(test)) == (4000, 9673)
-  assert sum(len(record['conversations']) for record in train) == 2 * 38575
-  assert len({record['id'] for record in train}) == 4000 and len({record['id'] for record in test}) == 9673
+  captions = [record for record in train if record['category'] == 'caption']
+  asked = [record for record in train if record['category'] == '']
+  assert (len(asked), len(captions), len(train), len(test)) == (4000, 3542, 7542, 9673)
+  assert sum(len(record['conversations']) for record in asked) == 2 * 38575
+  assert len({record['id'] for record in train}) == 7542 and len({record['id'] for record in test}) == 9673
+  assert [turn['value'] for turn in captions[0]['conversations']] == ['<image>\ndescribe the image.', 'blue rectangle']
   assert [record['id'] for record in test[:13]] == [*(f'0-{k}' for k in range(11)), '1-0', '1-1']
   assert test[0]['conversations'] == [
     {'from': 'human', 'value': '<image>\nwhat is the red shape?'},
@@ -308,6 +327,5 @@ def test_easy_vqa():
     texts = [turn['value'] for turn in record['conversations']]
     assert len(record['images']) == 1
     assert texts[0].startswith('<image>\n') and sum('<image>' in text for text in texts) == 1
-  assert {record['category'] for record in train} == {''}
   counts = {name: sum(record['category'] == name for record in test) for name in {r['category'] for r in test}}
   assert counts == {'shape': 1257, 'color': 1280, 'yes/no shape': 1935, 'yes/no color': 5201}
