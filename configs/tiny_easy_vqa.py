@@ -11,7 +11,7 @@ from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
 
-def get_config(arguments: str = 'epochs=8') -> ConfigDict:
+def get_config(arguments: str = 'epochs=6.4') -> ConfigDict:
   return Experiment(
     model=LlavaMiniConfig.preset('tiny'),
     data=DataConfig(
@@ -24,7 +24,7 @@ def get_config(arguments: str = 'epochs=8') -> ConfigDict:
       shift=8,
     ),
     train=TrainConfig(
-      groups=(('(vision|projector|compressor)/.*', 4e-4), ('(prefusion|decoder)/.*', 1e-3)),
+      groups=(('.*', 4e-4),),
       batch_size=16,
       epochs=float(arguments.removeprefix('epochs=')),
       warmup_ratio=0.03,

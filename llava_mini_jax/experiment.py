@@ -79,7 +79,7 @@ class TrainConfig:
     if self.weight_decay < 0 or self.max_steps < 0:
       raise ConfigError('TrainConfig: weight_decay and max_steps must not be negative')
     for row in self.groups:
-      if len(row) != 2 or not isinstance(row[0], str):
+      if not isinstance(row, tuple) or len(row) != 2 or not isinstance(row[0], str):
         raise ConfigError(f"TrainConfig.groups: expected (pattern, learning rate or 'frozen'); found {row!r}")
 
 

@@ -1,8 +1,8 @@
 """The easy-VQA data set (MIT licence, in the PyPI package `easy-vqa`): one coloured shape per 64×64 image.
 
 Leaves: records for `train` (4,000 images, each with all its questions as one conversation, and again with a caption
-that those questions and answers imply) and `test` (1,000 images, 9,673 records of one question each, with the question's
-category). Nothing is downloaded.
+that those questions and answers imply) and `test` (1,000 images, 9,673 records of one question each, with the
+question's category). Nothing is downloaded.
 
 The captions are to a model trained from scratch what LLaVA's first stage is to a pretrained one: they ask for shape and
 color of every image at once, where most of the questions ask for neither.

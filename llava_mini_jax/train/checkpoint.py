@@ -25,7 +25,12 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-  """The checkpoints of one run."""
+  """The checkpoints of one run.
+
+  Args:
+    keep: for the run that writes them: how many of the newest stay; unfinished saves of a killed run are cleared away.
+      None = a reader, which deletes nothing.
+  """
 
   def __init__(self, directory: str | os.PathLike, *, keep: int | None = None):
     self.directory = Path(directory).absolute()
@@ -33,7 +38,7 @@ class Checkpoints:
       self.directory,
       save_decision_policy=_POLICY.FixedIntervalPolicy(1),
       preservation_policy=_KEEP.LatestN(keep),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=keep is not None,
     )
 
   @property

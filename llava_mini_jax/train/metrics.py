@@ -19,7 +19,7 @@ class MetricsLog:
     self._path = workdir / LOG_NAME
     truncate(self._path, start_step)
     self._file = self._path.open('a')
-    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step or None)
+    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(total=total_steps, initial=start_step, unit='step', desc='train', dynamic_ncols=True)
 
   def write(self, step: int, values: dict[str, float]) -> None:

@@ -17,6 +17,7 @@ import optax
 from llava_mini_jax.config import ConfigError
 
 FROZEN = 'frozen'
+_VECTORS = ('weight', 'bias', 'class_embedding')  # norms, biases; a matrix is named after its projection
 
 
 def assign_groups(paths: Iterable[str], groups: Sequence[tuple[str, float | str]]) -> dict[str, float | None]:
@@ -30,7 +31,8 @@ def assign_groups(paths: Iterable[str], groups: Sequence[tuple[str, float | str]
     ConfigError: a parameter matched by no pattern, a pattern that decides no parameter, or a bad learning rate.
   """
   for pattern, rate in groups:
-    if rate != FROZEN and not (isinstance(rate, int | float) and 0 < rate < float('inf')):
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if rate != FROZEN and not (is_number and 0 < rate < float('inf')):
       raise ConfigError(f'groups: {pattern!r}: expected a positive learning rate or {FROZEN!r}; found {rate!r}')
   rates, used = {}, set()
   for path in paths:
@@ -52,7 +54,7 @@ def schedule(total_steps: int, warmup_ratio: float) -> optax.Schedule:
   """Linear warm-up over `warmup_ratio` of the steps, then cosine to 0; peak 1. Raises ConfigError for a bad ratio."""
   if not 0 <= warmup_ratio < 1:
     raise ConfigError(f'warmup_ratio: expected 0 <= ratio < 1; found {warmup_ratio}')
-  warmup = round(total_steps * warmup_ratio)
+  warmup = min(round(total_steps * warmup_ratio), total_steps - 1)
   return optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, total_steps)
 
 
@@ -62,10 +64,19 @@ def scale_by_group_rate(rates: Mapping[str, Any], factor: optax.Schedule) -> opt
   def update(updates, state, params=None):
     del params
     scale = factor(state.count)
-    updates = jax.tree.map(lambda rate, u: (-rate * scale).astype(u.dtype) * u, rates, updates)
+    updates = jax.tree.map(lambda rate, u: jnp.asarray(-rate * scale, u.dtype) * u, rates, updates)
     return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
   return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
+
+
+def _decays(params: Mapping[str, Any]) -> Any:
+  """Which parameters decay: by name, because stacked and per-head vectors have several axes too."""
+
+  def decays(path, parameter):
+    return parameter.ndim > 1 and not str(path[-1].key).endswith(_VECTORS)
+
+  return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def make_optimizer(
@@ -78,7 +89,7 @@ def make_optimizer(
   weight_decay: float = 0.0,
   max_grad_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW over the trainable parameters; matrices decay, vectors do not.
+  """AdamW over the trainable parameters; norms and biases do not decay.
 
   Args:
     rates: peak learning rate per parameter, a nested dict shaped like the trainable parameters.
@@ -87,6 +98,6 @@ def make_optimizer(
   return optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
     optax.scale_by_adam(beta1, beta2, eps),
-    optax.add_decayed_weights(weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+    optax.add_decayed_weights(weight_decay, mask=_decays),
     scale_by_group_rate(rates, factor),
   )

@@ -529,7 +529,8 @@ def test_template_errors(tmp_path):
   with pytest.raises(ConfigError) as error:
     load_template('vicuna')
   assert str(error.value) == (
-    "template: expected one of chatml, llama_3_1, plain, qa, vicuna_v1 or a file; found 'vicuna'; did you mean 'vicuna_v1'?"
+    'template: expected one of chatml, llama_3_1, plain, qa, vicuna_v1 or a file; '
+    "found 'vicuna'; did you mean 'vicuna_v1'?"
   )
   path = tmp_path / 'bad.jinja'
   path.write_text('one\n{% generation %}two')
