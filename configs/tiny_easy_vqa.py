@@ -2,7 +2,7 @@
 
 python launch/prepare_data.py --source=easy_vqa --out=data/easy_vqa
 python launch/train.py --config=configs/tiny_easy_vqa.py --workdir=runs/tiny
-Longer: --config=configs/tiny_easy_vqa.py:epochs=40
+Longer: --config=configs/tiny_easy_vqa.py:epochs=20
 """
 
 from ml_collections import ConfigDict
@@ -11,15 +11,15 @@ from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
 
-def get_config(arguments: str = 'epochs=6.4') -> ConfigDict:
+def get_config(arguments: str = 'epochs=6') -> ConfigDict:
   return Experiment(
     model=LlavaMiniConfig.preset('tiny'),
     data=DataConfig(
       dataset='data/easy_vqa',
       template='qa',
-      row_length=80,
-      fused_text=60,
-      max_turns=6,
+      row_length=128,
+      fused_text=104,
+      side_by_side=True,
       flip=0.5,
       shift=8,
     ),

@@ -173,14 +173,14 @@ class LlavaMiniConfig:
   decoder: DecoderConfig
   detach_text: bool = True  # text embeddings enter without gradient, so embed_tokens never trains (released)
   text_only: str = (
-    'skip'  # rows without an image: skip = plain decoder; zero_image = fused with a black image (released training)
+    'skip'  # rows without an image: plain decoder; zero_image = fused with zero pixels (released training)
   )
   dtype: str = 'bfloat16'  # compute; parameters are f32
   scan: ScanConfig = ScanConfig()
 
   def __post_init__(self):
     require_choice('LlavaMiniConfig.text_only', self.text_only, ('skip', 'zero_image'))
-    require_choice('LlavaMiniConfig.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
+    require_choice('LlavaMiniConfig.dtype', self.dtype, ('bfloat16', 'float32'))
     if self.compressor.kind == 'query' and self.compressor.attention == 'mha':
       width = self.compressor_width
       if width % self.compressor.num_heads:

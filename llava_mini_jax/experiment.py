@@ -30,6 +30,7 @@ class DataConfig:
   fused_text: int = 0  # T; 0 = row_length
   aspect: str = 'pad'  # pad to a square with the mean colour, or crop the centre
   max_turns: int = 0  # keep a random 1…max_turns questions of a record, in random order; 0 = the conversation as it is
+  side_by_side: bool = False  # questions of a record share its image in one row, and none sees another; as many as fit
   flip: float = 0.0  # probability of a horizontal flip
   shift: int = 0  # most pixels of a random shift that keeps the content inside
   workers: int = 0  # data worker processes

@@ -35,6 +35,9 @@ class Batch:
   fuse_index: Array  # int32[B M T]; where in its row the text tokens fused with visual m lie
   fuse_mask: Array  # bool[B M T]; False = no token
   slot_index: Array  # int32[B M C]; where in its row visual m's compressed tokens go
+  # int32[B L]; 0 = seen by all that follows in its segment; k > 0 = the segment's k-th continuation, which sees what is
+  # 0 and itself (positions continue from there). None = no row has continuations, known when compiling.
+  branch_ids: Array | None = None
 
 
 @_pytree

@@ -22,7 +22,14 @@ from llava_mini_jax.data.prepare import prepare
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
-COLORS = {'red': (220, 30, 30), 'green': (30, 200, 40), 'blue': (30, 60, 220), 'white': (250, 250, 250)}
+COLORS = {
+  'red': (220, 30, 30),
+  'green': (30, 200, 40),
+  'blue': (30, 60, 220),
+  'white': (250, 250, 250),
+  'black': (10, 10, 10),
+  'yellow': (240, 220, 20),
+}
 QUESTIONS = ('color?', 'please tell me what color the picture is')
 
 MODEL = LlavaMiniConfig(
@@ -51,11 +58,11 @@ def picture(color: str, size: tuple[int, int] = (24, 16)) -> bytes:
   return out.getvalue()
 
 
-STEPS, SAVE_EVERY, LOG_EVERY, RATE = 96, 12, 4, 1e-2
+STEPS, SAVE_EVERY, LOG_EVERY, RATE = 128, 16, 4, 1e-2
 
 
 def experiment(dataset: os.PathLike | str, **train) -> Experiment:
-  """Batches of all eight records, on every device; `train` replaces fields of the TrainConfig."""
+  """Batches of eight of the twelve records, on every device; `train` replaces fields of the TrainConfig."""
   defaults = dict(groups=(('.*', RATE),), batch_size=8, epochs=1e3, max_steps=STEPS, mesh=(-1, 1, 1))
   return Experiment(
     model=MODEL,

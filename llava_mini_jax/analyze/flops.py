@@ -1,17 +1,21 @@
 """Matrix-multiply FLOPs (2 per multiply-add) of a step, by component, from the config alone.
 
 Counts every matmul including attention; the embedding lookup is free. The
-unembedding is counted on all positions. Backward costs twice the forward where
-parameters train or gradients pass through; the frozen vision tower has none.
+unembedding is counted on all positions. In the backward pass a product with a
+weight costs once its forward FLOPs for the gradient of the weight, if it
+trains, and once for that of its input, if anything before it trains; a product
+of attention costs twice, if anything before it trains.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Container
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, VisionConfig
 
@@ -45,48 +49,68 @@ class Flops:
     return self.vision + self.projector + self.compressor + self.prefusion + self.decoder
 
 
-def _llama_layer(config: DecoderConfig, tokens: int) -> float:
+def _llama_layers(config: DecoderConfig, layers: int, tokens: int) -> np.ndarray:
   d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
   n, k = config.num_attention_heads, config.num_key_value_heads
   weights = d * h * (2 * n + 2 * k) + 3 * d * f
-  return 2 * tokens * weights + 4 * tokens**2 * n * h
+  return layers * np.array([2.0 * tokens * weights, 4.0 * tokens**2 * n * h])
 
 
-def _vision(config: VisionConfig) -> float:
+def _vision(config: VisionConfig) -> np.ndarray:
   w, f, tokens = config.hidden_size, config.intermediate_size, config.num_patches + 1
-  layer = 2 * tokens * (4 * w * w + 2 * w * f) + 4 * tokens**2 * w
-  return 2 * config.num_patches * 3 * config.patch_size**2 * w + config.run_layers * layer
+  layers = config.run_layers * np.array([2.0 * tokens * (4 * w * w + 2 * w * f), 4.0 * tokens**2 * w])
+  return layers + (2 * config.num_patches * 3 * config.patch_size**2 * w, 0)
 
 
-def forward_flops(
+def _parts(
   config: LlavaMiniConfig, *, rows: int, length: int, visuals: int, fused_text: int, views: int = 1
-) -> Flops:
-  """One forward pass over a Batch of these static sizes (padding included, as the device computes it)."""
+) -> dict[str, np.ndarray]:
+  """Forward FLOPs [products with weights, products of attention] of each field of Flops."""
   w, d = config.vision.hidden_size, config.decoder.hidden_size
   images, patches, c = rows * visuals, config.vision.num_patches * views, config.tokens_per_visual
   keys = patches if views == 1 else patches - config.vision.num_patches
   learnt = config.compressor.kind == 'query'
   projected = patches + (c if learnt and config.compressor.space == 'vision' else 0)
-  compressor = 0.0
+  compressor = np.zeros(2)
   if learnt:
     width = config.compressor_width
-    linears = 2 * 2 * (keys + c) * width**2 if config.compressor.attention == 'mha' else 0.0
-    compressor = linears + 4 * keys * c * width
+    linears = 2.0 * 2 * (keys + c) * width**2 if config.compressor.attention == 'mha' else 0.0
+    compressor += linears, 4.0 * keys * c * width
   sequence = patches + fused_text + (c if learnt and config.prefusion.fuse_compressed else 0)
-  layers = config.decoder.num_hidden_layers * _llama_layer(config.decoder, length)
-  return Flops(
+  layers = _llama_layers(config.decoder, config.decoder.num_hidden_layers, length)
+  return dict(
     vision=images * views * _vision(config.vision),
-    projector=images * 2 * projected * (w * d + d * d),
+    projector=np.array([images * 2.0 * projected * (w * d + d * d), 0.0]),
     compressor=images * compressor,
-    prefusion=images * config.prefusion.num_layers * _llama_layer(config.decoder, sequence),
-    decoder=rows * (layers + 2 * length * d * config.decoder.vocab_size),
+    prefusion=images * _llama_layers(config.decoder, config.prefusion.num_layers, sequence),
+    decoder=rows * (layers + (2.0 * length * d * config.decoder.vocab_size, 0.0)),
   )
 
 
-def training_flops(config: LlavaMiniConfig, *, frozen_vision: bool, **sizes: int) -> float:
-  """One training step without recomputation: 3 × forward, the frozen tower 1 ×. `sizes` as `forward_flops`."""
-  forward = forward_flops(config, **sizes)
-  return 3 * forward.total - (2 * forward.vision if frozen_vision else 0.0)
+def forward_flops(config: LlavaMiniConfig, **sizes: int) -> Flops:
+  """One forward pass over a Batch of these static sizes (padding included, as the device computes it).
+
+  sizes: rows, length, visuals, fused_text and, if several, views.
+  """
+  return Flops(**{name: float(part.sum()) for name, part in _parts(config, **sizes).items()})
+
+
+def training_flops(config: LlavaMiniConfig, *, trains: Container[str], **sizes: int) -> float:
+  """One training step without recomputation.
+
+  Args:
+    trains: the fields of Flops that train; a decoder whose `embed_tokens` alone is frozen does.
+    sizes: as `forward_flops`.
+  """
+  total, before = 0.0, False  # something trains in a station before this one
+  for stations in (('vision',), ('projector', 'compressor'), ('prefusion',), ('decoder',)):
+    here = any(name in trains for name in stations)
+    for name in stations:
+      weights, attention = _parts(config, **sizes)[name]
+      passes = before or name in trains
+      total += weights * (1 + (name in trains) + passes) + attention * (1 + 2 * passes)
+    before = before or here
+  return total
 
 
 def peak_flops(dtype: str) -> float:

@@ -1,8 +1,8 @@
 """The easy-VQA data set (MIT licence, in the PyPI package `easy-vqa`): one coloured shape per 64×64 image.
 
-Leaves: records for `train` (4,000 images, each with all its questions as one conversation, and again with a caption
-that those questions and answers imply) and `test` (1,000 images, 9,673 records of one question each, with the
-question's category). Nothing is downloaded.
+Leaves: records for `train` (4,000 images, each with all its questions as one conversation; it ends, for 3,542 images,
+with the caption that those questions and answers imply) and `test` (1,000 images, 9,673 records of one question each,
+with the question's category). Nothing is downloaded.
 
 The captions are to a model trained from scratch what LLaVA's first stage is to a pretrained one: they ask for shape and
 color of every image at once, where most of the questions ask for neither.
@@ -78,12 +78,10 @@ def _by_image(questions: list[str], answers: list[str], images: list[int], paths
 
 def _conversations(images: Iterator[_Image]) -> Iterator[Record]:
   for image, data, pairs in images:
-    turns = [turn for pair in pairs for turn in _turns(*pair)]
+    text = caption(pairs)
+    turns = [turn for pair in [*pairs, *([(CAPTION_QUESTION, text)] if text else [])] for turn in _turns(*pair)]
     turns[0]['value'] = f'{IMAGE_TAG}\n{turns[0]["value"]}'
     yield {'id': str(image), 'category': '', 'images': [data], 'conversations': turns}
-    if text := caption(pairs):
-      turns = _turns(f'{IMAGE_TAG}\n{CAPTION_QUESTION}', text)
-      yield {'id': f'{image}-caption', 'category': 'caption', 'images': [data], 'conversations': turns}
 
 
 def _questions(images: Iterator[_Image]) -> Iterator[Record]:

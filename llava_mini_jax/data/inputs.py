@@ -47,6 +47,7 @@ class Inputs:
       worker_count=config.workers,
       augment=Augment(flip=config.flip, shift=config.shift) if config.flip or config.shift else None,
       max_turns=config.max_turns or None,
+      side_by_side=config.side_by_side,
     )
 
 

@@ -45,7 +45,7 @@ def make_iterator(
   worker_count: int = 0,
   augment: Augment | None = None,
   max_turns: int | None = None,
-  exact_turns: bool = False,
+  side_by_side: bool = False,
 ) -> grain.experimental.ElasticIterator:
   """This process's share of the batches, as dicts of the fields of `types.Batch`.
 
@@ -62,7 +62,9 @@ def make_iterator(
     worker_count: processes that prepare rows; 0 = a thread of this one. Workers are spawned, so the main module
       needs its `if __name__ == '__main__'`.
     augment: applied to every image.
-    max_turns, exact_turns: as `samples.choose_turns`; None = whole conversations.
+    max_turns: as `samples.choose_turns`; None = whole conversations.
+    side_by_side: a row holds questions of one record, in random order, that do not see each other: as many as fit, at
+      most `max_turns` (see `branches`).
   Returns:
     An iterator whose `get_state()` is `{'global_next_index': rows handed out over all processes}`; `set_state`
     accepts it on any number of workers and processes.
@@ -78,7 +80,7 @@ def make_iterator(
     raise ConfigError(f'max_turns: expected at least 1; found {max_turns}')
   if not len(source):
     raise DataError('E_EMPTY', str(getattr(source, 'directory', 'source')), 'expected at least one record; found none')
-  transform = RowTransform(source, tokenizer, template, system, model, row, processor, augment, max_turns, exact_turns)
+  transform = RowTransform(source, tokenizer, template, system, model, row, processor, augment, max_turns, side_by_side)
   dataset = grain.MapDataset.range(len(source)).seed(seed)  # of indices: Grain weighs whatever passes through it
   if shuffle:
     dataset = dataset.shuffle()

@@ -42,6 +42,7 @@ def build_row(
   untagged: int = 0,
   fuse: np.ndarray | None = None,
   fuse_token_zero: bool = False,
+  branch: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
   """One sample -> the non-pixel fields of one Batch row.
 
@@ -52,11 +53,13 @@ def build_row(
     where: names the sample in errors.
     visuals_per_tag: visuals of each tag in order (frames of a video); default 1 each.
     untagged: further visuals that the text is fused with but that have no slots (released training fuses text-only
-      samples with a black image; `LlavaMiniConfig.text_only`).
+      samples with pixels of zero; `LlavaMiniConfig.text_only`).
     fuse: bool[n], overrides which text tokens are fused (default: all that are not learnt).
     fuse_token_zero: whether a text token with id 0 may be fused (the released code masks it out).
+    branch: int[n], as `Batch.branch_ids`, each branch in one piece after what is 0 (from `branches.share_prefix`).
   Returns:
-    {tokens, targets, loss_mask, segment_ids, positions: [L], fuse_index, fuse_mask: [M T], slot_index: [M C]}.
+    {tokens, targets, loss_mask, segment_ids, positions: [L], fuse_index, fuse_mask: [M T], slot_index: [M C]}
+    and, with `branch`, branch_ids: [L].
   Raises:
     DataError: E_TOO_LONG if the tokens, visuals or fused tokens do not fit the row; E_IMAGE_TAGS if the number
       of tags is not that of `visuals_per_tag`.
@@ -85,9 +88,16 @@ def build_row(
   learnt[text_at] = learn[~is_tag]
   inside = np.arange(shape.length) < length
 
-  targets = np.where(np.roll(inside, -1) & inside, np.roll(tokens, -1), 0)
-  loss_mask = np.roll(learnt, -1) & inside
-  targets[-1], loss_mask[-1] = 0, False
+  branch_ids = np.zeros(shape.length, np.int32)
+  if branch is not None:
+    branch_ids[:length] = np.repeat(branch, width)
+  at = np.arange(shape.length)
+  first = np.searchsorted(branch_ids[:length], branch_ids)  # where a position's branch begins
+  positions = at - np.where(branch_ids > 0, first - np.searchsorted(branch_ids[:length], 1), 0)
+
+  goes_on = np.append(inside[1:] & (branch_ids[1:] == branch_ids[:-1]), False)
+  targets = np.where(goes_on, np.roll(tokens, -1), 0)
+  loss_mask = goes_on & np.roll(learnt, -1)
 
   fusable = ~learn if fuse is None else fuse
   if not fuse_token_zero:
@@ -105,13 +115,14 @@ def build_row(
   if slots:
     slot_index[:tagged] = np.concatenate(slots).reshape(tagged, c)
 
-  return dict(
+  fields = dict(
     tokens=tokens,
     targets=targets.astype(np.int32),
     loss_mask=loss_mask,
     segment_ids=inside.astype(np.int32),
-    positions=np.where(inside, np.arange(shape.length), 0).astype(np.int32),
+    positions=np.where(inside, positions, 0).astype(np.int32),
     fuse_index=fuse_index,
     fuse_mask=fuse_index < shape.length,
     slot_index=slot_index,
   )
+  return fields if branch is None else fields | dict(branch_ids=branch_ids)

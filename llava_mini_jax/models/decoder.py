@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_mini_jax.config import DecoderConfig, ScanConfig
-from llava_mini_jax.models.layers import LlamaLayer, RMSNorm, param, rope_tables, scan_layers, stack_layers
+from llava_mini_jax.models.layers import LlamaLayer, RMSNorm, causal_mask, param, rope_tables, scan_layers, stack_layers
 from llava_mini_jax.sharding import constrain
 from llava_mini_jax.types import KVCache
 
@@ -36,17 +36,24 @@ class Decoder(nnx.Module):
     logits = jnp.einsum('BLD,DV->BLV', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return constrain(logits, 'batch', 'length', 'act_vocab')
 
-  def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, *, return_hidden: bool = False):
-    """Teacher-forced pass over packed rows: a token sees earlier tokens of its own segment.
+  def __call__(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    branch_ids: jax.Array | None = None,
+    *,
+    return_hidden: bool = False,
+  ):
+    """Teacher-forced pass over packed rows: a token sees earlier tokens of its own segment, other branches apart.
 
     Args:
-      x: embeddings [B L D]. positions, segment_ids: int[B L]; segment 0 = padding.
+      x: embeddings [B L D]. positions, segment_ids, branch_ids: int[B L], see `types.Batch`; segment 0 = padding.
       return_hidden: also give each layer's output.
     Returns:
       Normed hidden states [B L D]; with `return_hidden`, also [layer B L D] before the final norm.
     """
-    length = x.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool)) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    mask = causal_mask(x.shape[1], branch_ids) & (segment_ids[:, :, None] == segment_ids[:, None, :])
     mask = (mask & (segment_ids > 0)[:, None, :])[:, None]
     rope = rope_tables(positions, self.config)
 

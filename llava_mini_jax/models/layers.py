@@ -95,6 +95,15 @@ class Linear(nnx.Module):
     return linear(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
 
 
+def causal_mask(length: int, branch_ids: jax.Array | None = None) -> jax.Array:
+  """bool[1 or B, L, L] (query, key): itself and what comes before, other branches apart (`types.Batch.branch_ids`)."""
+  mask = jnp.tril(jnp.ones((1, length, length), bool))
+  if branch_ids is None:
+    return mask
+  key = branch_ids[:, None, :]
+  return mask & ((key == 0) | (key == branch_ids[:, :, None]))
+
+
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
   """Inverse frequencies, float32[H/2], with Llama-3 scaling.
 

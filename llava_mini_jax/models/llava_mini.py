@@ -54,7 +54,7 @@ class LlavaMini(nnx.Module):
 
   def hidden(self, batch: Batch) -> jax.Array:
     """Batch -> the decoder's normed hidden states [B L D]."""
-    return self.decoder(self.embed(batch), batch.positions, batch.segment_ids)
+    return self.decoder(self.embed(batch), batch.positions, batch.segment_ids, batch.branch_ids)
 
   def embed(self, batch: Batch) -> jax.Array:
     """Batch -> decoder input [B L D]: raw text, fused instructions, compressed tokens in their slots."""
@@ -65,9 +65,15 @@ class LlavaMini(nnx.Module):
     if self.config.detach_text:
       text = jax.lax.stop_gradient(text)
     features = self.encode_views(batch.pixels.reshape(rows * visuals, *batch.pixels.shape[2:]))
-    instructions = jnp.take_along_axis(text, batch.fuse_index.reshape(rows, -1, 1), axis=1, mode='clip')
-    instructions = instructions.reshape(rows * visuals, -1, text.shape[-1])
-    compressed, fused = self.fuse(features, instructions, batch.fuse_mask.reshape(rows * visuals, -1))
+
+    def fused_with_visual(of_tokens):  # [B L ...] -> [B·M T ...]
+      index = batch.fuse_index.reshape(rows, -1, *(1,) * (of_tokens.ndim - 2))
+      found = jnp.take_along_axis(of_tokens, index, axis=1, mode='clip')
+      return found.reshape(rows * visuals, -1, *of_tokens.shape[2:])
+
+    branch_ids = None if batch.branch_ids is None else fused_with_visual(batch.branch_ids)
+    text_mask = batch.fuse_mask.reshape(rows * visuals, -1)
+    compressed, fused = self.fuse(features, fused_with_visual(text), text_mask, branch_ids)
     return splice(text, compressed.reshape(rows, -1, text.shape[-1]), fused.reshape(rows, -1, text.shape[-1]), batch)
 
   def encode_views(self, pixels: jax.Array) -> jax.Array:
@@ -97,11 +103,14 @@ class LlavaMini(nnx.Module):
       compressed = self.projector(compressed)
     return (patches, compressed, attention) if return_attention else (patches, compressed)
 
-  def fuse(self, features: jax.Array, text: jax.Array, text_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def fuse(
+    self, features: jax.Array, text: jax.Array, text_mask: jax.Array, branch_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
     """One visual with the instruction tokens that belong to it.
 
     Args:
       features: [B V P W]. text: [B T D] raw embeddings. text_mask: bool[B T].
+      branch_ids: int[B T], as `types.Batch`; vision is seen by every branch.
     Returns:
       compressed tokens [B C D], fused text [B T D] (what stands at masked tokens means nothing).
     """
@@ -113,7 +122,9 @@ class LlavaMini(nnx.Module):
     x = jnp.concatenate([patches, compressed, text] if separate else [patches, text], axis=1)
     seen = x.shape[1] - text.shape[1]
     valid = jnp.concatenate([jnp.ones((x.shape[0], seen), bool), text_mask], axis=1)
-    x = self.prefusion(constrain(x, 'batch', 'length', 'act_embed'), valid)
+    if branch_ids is not None:
+      branch_ids = jnp.pad(branch_ids, ((0, 0), (seen, 0)))
+    x = self.prefusion(constrain(x, 'batch', 'length', 'act_embed'), valid, branch_ids)
     return x[:, seen - compressed.shape[1] : seen] if fuse_compressed else compressed, x[:, seen:]
 
 

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_mini_jax.config import DecoderConfig, PrefusionConfig, ScanConfig
-from llava_mini_jax.models.layers import LlamaLayer, rope_tables, scan_layers, stack_layers
+from llava_mini_jax.models.layers import LlamaLayer, causal_mask, rope_tables, scan_layers, stack_layers
 
 
-def positions_and_mask(valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """valid bool[B L] -> positions int32[B L] (masked slots get 1), allowed bool[B L L] (query, key)."""
-  length = valid.shape[1]
-  positions = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 1)
-  allowed = jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
-  return positions, allowed
+def positions_and_mask(valid: jax.Array, branch_ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Of slots that are valid bool[B L] and on branches int[B L]: positions int32[B L], allowed bool[B L L] (query, key).
+
+  A masked slot's position is 1, any other's position is the number of valid slots it sees before itself.
+  """
+  allowed = causal_mask(valid.shape[1], branch_ids) & valid[:, None, :]
+  return jnp.where(valid, allowed.sum(2, dtype=jnp.int32) - 1, 1), allowed
 
 
 class Prefusion(nnx.Module):
@@ -29,12 +30,14 @@ class Prefusion(nnx.Module):
     self.scan = scan
     self.layers = stack_layers(lambda rngs: LlamaLayer(decoder, rngs=rngs), config.num_layers, rngs)
 
-  def __call__(self, x: jax.Array, valid: jax.Array, *, return_hidden: bool = False):
+  def __call__(
+    self, x: jax.Array, valid: jax.Array, branch_ids: jax.Array | None = None, *, return_hidden: bool = False
+  ):
     """x [B L D], valid bool[B L] -> [B L D], and with `return_hidden` every layer's output [layer B L D].
 
-    What comes out at masked slots means nothing.
+    What comes out at masked slots means nothing. branch_ids: int[B L], see `types.Batch`.
     """
-    positions, allowed = positions_and_mask(valid)
+    positions, allowed = positions_and_mask(valid, branch_ids)
     rope, mask = rope_tables(positions, self.decoder_config), allowed[:, None]
 
     def body(x, layer):

@@ -124,11 +124,11 @@ class _Rates:
 
   def __init__(self, experiment: Experiment, trainer: Trainer):
     data, rows = experiment.data, experiment.train.batch_size
-    frozen = flatten(trainer.abstract['frozen'])
+    trains = {path.split('/')[0] for path in flatten(trainer.abstract['params']) if path != 'decoder/embed_tokens'}
     self._tokens, self._images = rows * data.row_length, rows * data.visuals_per_row
     self._flops = training_flops(
       experiment.model,
-      frozen_vision=any(path.startswith('vision/layers/') for path in frozen),
+      trains=trains,
       rows=rows,
       length=data.row_length,
       visuals=data.visuals_per_row,

@@ -94,6 +94,28 @@ def test_an_untagged_visual_fuses_text_without_slots():
   assert (out['slot_index'] == 10).all()
 
 
+def test_branches_by_hand():
+  """A slot and a word that all see, then questions of two tokens and an answer of one, and a question alone."""
+  out = row(
+    [IMG, 3, 4, 5, 6, 4, 7, 8],
+    [NO, NO, NO, NO, YES, NO, NO, YES],
+    dataclasses.replace(SHAPE, fused_text=5),
+    branch=np.array([0, 0, 1, 1, 1, 2, 2, 2]),
+  )
+  expected = {
+    'tokens': [0, 0, 3, 4, 5, 6, 4, 7, 8, 0],
+    'branch_ids': [0, 0, 0, 1, 1, 1, 2, 2, 2, 0],
+    'positions': [0, 1, 2, 3, 4, 5, 3, 4, 5, 0],
+    'targets': [0, 3, 0, 5, 6, 0, 7, 8, 0, 0],
+    'loss_mask': [NO, NO, NO, NO, YES, NO, NO, YES, NO, NO],
+    'segment_ids': [1, 1, 1, 1, 1, 1, 1, 1, 1, 0],
+    'fuse_index': [[2, 3, 4, 6, 7], [10] * 5],
+    'slot_index': [[0, 1], [10, 10]],
+  }
+  for name, value in expected.items():
+    np.testing.assert_array_equal(out[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize(
   ('ids', 'options', 'message'),
   [

@@ -31,12 +31,6 @@ def test_chosen_turns_keep_their_answers_and_the_tag_leads():
   assert 1350 < sum(count for numbers, count in seen.items() if len(numbers) == 1) < 1650
 
 
-def test_exactly_so_many_turns():
-  for most, expected in ((1, 1), (2, 2), (3, 3), (9, 3)):
-    chosen = choose_turns(TURNS, np.random.default_rng(0), most, exact=True)
-    assert len(chosen) == 2 * expected
-
-
 def test_turns_that_are_not_a_matter_of_choice():
   rng = np.random.default_rng(0)
   two_tags = [{'role': 'user', 'content': '<image>'}, TURNS[1], {'role': 'user', 'content': '<image>'}, TURNS[3]]

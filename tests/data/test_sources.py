@@ -309,15 +309,19 @@ def test_a_caption_says_what_the_questions_imply_and_no_more(pairs, expected):
   assert easy_vqa.caption(pairs) == expected
 
 
+def pairs_of(record) -> list[tuple[str, str]]:
+  texts = [turn['value'] for turn in record['conversations']]
+  return list(zip(texts[0::2], texts[1::2], strict=True))
+
+
 def test_easy_vqa():
   splits = {name: list(found) for name, found in easy_vqa.splits().items()}
   train, test = splits['train'], splits['test']
-  captions = [record for record in train if record['category'] == 'caption']
-  asked = [record for record in train if record['category'] == '']
-  assert (len(asked), len(captions), len(train), len(test)) == (4000, 3542, 7542, 9673)
-  assert sum(len(record['conversations']) for record in asked) == 2 * 38575
-  assert len({record['id'] for record in train}) == 7542 and len({record['id'] for record in test}) == 9673
-  assert [turn['value'] for turn in captions[0]['conversations']] == ['<image>\ndescribe the image.', 'blue rectangle']
+  captions = [pair for record in train for pair in pairs_of(record) if pair[0] == easy_vqa.CAPTION_QUESTION]
+  assert (len(train), len(captions), len(test)) == (4000, 3542, 9673)
+  assert sum(len(pairs_of(record)) for record in train) == 38575 + 3542
+  assert len({record['id'] for record in train}) == 4000 and len({record['id'] for record in test}) == 9673
+  assert pairs_of(train[0])[-1] == captions[0] == ('describe the image.', 'blue rectangle')
   assert [record['id'] for record in test[:13]] == [*(f'0-{k}' for k in range(11)), '1-0', '1-1']
   assert test[0]['conversations'] == [
     {'from': 'human', 'value': '<image>\nwhat is the red shape?'},

@@ -26,7 +26,7 @@ from llava_mini_jax.infer.prompts import Prompt
 from llava_mini_jax.sharding import MeshError, make_mesh
 from llava_mini_jax.train.checkpoint import CheckpointError
 
-NAMES = list(COLORS)
+NAMES = list(COLORS)[:4]
 HALF = len(NAMES)  # of the eight questions of the split
 ANSWER = [{'from': 'gpt', 'value': ' RED '}]
 
@@ -207,7 +207,7 @@ def test_contact_sheets(evaluated, images, right):
     assert image.format == 'PNG'
     pixels = np.asarray(image.convert('RGB'))
   assert min(pixels.shape[:2]) > 100
-  assert all(has_color(pixels, '#{:02x}{:02x}{:02x}'.format(*color)) for color in COLORS.values())
+  assert all(has_color(pixels, '#{:02x}{:02x}{:02x}'.format(*color)) for color in map(COLORS.get, NAMES))
   assert (has_color(pixels, RIGHT), has_color(pixels, WRONG)) == (right, not right)
 
 
@@ -263,7 +263,7 @@ def turns(*texts: str) -> list[dict]:
 
 def prompts() -> list[Prompt]:
   """Short and long, with and without an image, and one that goes on."""
-  images = [np.full((16, 24, 3), color, np.uint8) for color in COLORS.values()]
+  images = [np.full((16, 24, 3), color, np.uint8) for color in map(COLORS.get, NAMES)]
   return [
     Prompt(turns('<image>\ncolor?'), images[:1], 'short'),
     Prompt(turns('<image>\n' + QUESTIONS[1]), [Image.fromarray(images[1])], 'long'),

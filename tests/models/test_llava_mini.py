@@ -23,6 +23,9 @@ from small_model import (
 from torch_parity import close
 
 from llava_mini_jax.config import IMAGE_MEAN, IMAGE_STD, LlavaMiniConfig, ScanConfig
+from llava_mini_jax.data.branches import share_prefix
+from llava_mini_jax.data.conversation import Encoded
+from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.models.llava_mini import LlavaMini, build, splice, to_raster
 from llava_mini_jax.models.positions import resize_table, sincos_table
 from llava_mini_jax.train.loss import next_token_loss
@@ -233,6 +236,44 @@ def test_samples_packed_into_one_row_do_not_see_each_other(base):
   for number, i in enumerate(which):
     close(logits[segments == number + 1], expected[i], f'sample {i}', EXACT)
   assert packed.loss_mask.sum() == sum(row.loss_mask.sum() for row in rows) == 9
+
+
+def beside_and_apart() -> tuple[Batch, Batch, np.ndarray]:
+  """Three questions about two images: in one row, each in its own, and where in its row every token of the one lies."""
+  questions = [random_sample(CONFIG, 20 + n, text=(2, 1, n), visuals=(1, 1), answer=n - 1) for n in (3, 4, 2)]
+  first, pixels = questions[0].ids[:5], questions[0].pixels
+  alone = [dataclasses.replace(s, ids=np.concatenate([first, s.ids[5:]])) for s in questions]
+  encoded, branch = share_prefix([Encoded(s.ids, s.learn) for s in alone], 'sample')
+  assert (branch == 0).sum() == 5
+  shape = RowShape.for_model(CONFIG, length=30, visuals=2)
+  row = build_row(encoded.ids, encoded.assistant, shape, where='sample', branch=branch)
+  row['pixels'] = pixels
+  beside = Batch(**{name: value[None] for name, value in row.items()})
+  apart = lay_out(CONFIG, [dataclasses.replace(s, pixels=pixels) for s in alone], length=20, visuals=2)
+  return beside, apart, row['branch_ids']
+
+
+def test_questions_side_by_side_are_as_questions_apart():
+  """Logits, and loss and gradients weighted alike: one image encoded once, and no question sees another."""
+  beside, apart, branch = beside_and_apart()
+  inside = beside.segment_ids[0] > 0
+  together, separate = forward(CONFIG, beside)[0], forward(CONFIG, apart)
+  for number in range(3):
+    own = inside & np.isin(branch, (0, number + 1))
+    close(together[own], separate[number][apart.segment_ids[number] > 0], f'question {number}', EXACT)
+  assert beside.loss_mask.sum() == apart.loss_mask.sum() == 2 + 3 + 1
+  (loss, grads), (expected_loss, expected) = (loss_and_gradients(CONFIG, batch) for batch in (beside, apart))
+  close(loss, expected_loss, 'loss', EXACT)
+  for path, grad in grads.items():
+    close(grad, expected[path], path, EXACT)
+
+
+def test_questions_without_their_branches_see_each_other():
+  """Else the test above would hold of a model that ignores them."""
+  beside, _, branch = beside_and_apart()
+  seen = forward(CONFIG, dataclasses.replace(beside, branch_ids=None))
+  changed = np.abs(seen - forward(CONFIG, beside))[0].max(-1) > DIFFERENT
+  assert changed[branch > 1].all() and not changed[: np.argmax(branch > 1)].any()
 
 
 # -------------------------------------------------------------------------------------------- text and its fusion
@@ -498,7 +539,6 @@ def test_whether_text_embeddings_train(trained, detach):
   """Detached, they get no gradient, neither where they are fused nor where they stand raw."""
   batch, _, grads = trained
   config = dataclasses.replace(CONFIG, detach_text=detach)
-
   params = random_params(config)
 
   def size_of_input(table):

@@ -272,3 +272,18 @@ def test_reading_leaves_a_save_in_progress_alone(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step == 1
   assert partial.exists() and sorted(path.name for path in partial.rglob('*')) == before
+
+
+@pytest.mark.parametrize('file', ['_CHECKPOINT_METADATA', 'state/ocdbt.process_0/d/*'])
+@pytest.mark.parametrize('damage', ['missing', 'cut short'])
+def test_a_damaged_checkpoint_is_named(saved, tmp_path, file, damage):
+  """Not a traceback of Orbax's, and above all not a run that starts with half of its state."""
+  directory = shutil.copytree(saved, tmp_path / 'checkpoints')
+  (path,) = (directory / '3').glob(file)
+  if damage == 'missing':
+    path.unlink()
+  else:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with Checkpoints(directory) as checkpoints, pytest.raises(CheckpointError) as error:
+    checkpoints.restore(abstract(put(values(), mesh_of('one'))))
+  assert str(error.value).startswith(f'{directory}/3 is damaged')

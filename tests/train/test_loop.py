@@ -155,7 +155,7 @@ def test_the_learning_rate_of_every_step(workdir):
 def test_it_learns_the_dataset_by_heart(workdir):
   found = rows(workdir)
   assert abs(found[0]['loss'] - math.log(512)) < 0.5  # at first any token is as likely
-  assert found[-1]['loss'] < 0.05
+  assert found[-1]['loss'] < found[0]['loss'] / 50
   assert (found[0]['accuracy'], found[-1]['accuracy']) == (0, 1)
 
 
