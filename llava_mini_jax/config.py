@@ -220,10 +220,7 @@ class LlavaMiniConfig:
   def from_hf(cls, config: Mapping[str, Any], vision: Mapping[str, Any]) -> LlavaMiniConfig:
     """From the released `config.json` and its CLIP tower's (`vision_config.json`)."""
     heads = config['num_attention_heads']
-    scaling = config.get('rope_scaling') or {}
-    kind = scaling.get('rope_type', scaling.get('type', 'llama3'))
-    if kind != 'llama3':
-      raise ConfigError(f'config.json rope_scaling: expected type llama3 or null; found {kind!r}')
+    theta, scaling = _rope_from_hf(config)
     if config.get('mm_projector_type', 'mlp2x_gelu') != 'mlp2x_gelu':
       raise ConfigError(f'config.json mm_projector_type: expected mlp2x_gelu; found {config["mm_projector_type"]!r}')
     return cls(
@@ -237,14 +234,24 @@ class LlavaMiniConfig:
       decoder=DecoderConfig(
         num_key_value_heads=config.get('num_key_value_heads', heads),
         head_dim=config.get('head_dim') or config['hidden_size'] // heads,
-        rope_theta=config.get('rope_theta', 10000.0),
-        rope_scaling=RopeScaling(
-          **{f.name: scaling[f.name] for f in dataclasses.fields(RopeScaling) if f.name in scaling}
-        ),
+        rope_theta=theta,
+        rope_scaling=scaling,
         tie_word_embeddings=config.get('tie_word_embeddings', False),
         **{f: config[f] for f in _DECODER_HF_FIELDS},
       ),
     )
+
+
+def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
+  """From `rope_parameters` (transformers 5), else from `rope_theta` and `rope_scaling` (before). Raises ConfigError."""
+  field = 'rope_parameters' if config.get('rope_parameters') else 'rope_scaling'
+  rope = config.get(field) or {}
+  kind = rope.get('rope_type', rope.get('type', 'default' if field == 'rope_parameters' else 'llama3'))
+  if kind not in ('llama3', 'default'):
+    raise ConfigError(f'config.json {field}: expected type llama3 or null; found {kind!r}')
+  names = [f.name for f in dataclasses.fields(RopeScaling)] if kind == 'llama3' else []
+  scaling = RopeScaling(**{name: rope[name] for name in names if name in rope})
+  return rope.get('rope_theta', config.get('rope_theta', 10000.0)), scaling
 
 
 _VISION_HF_FIELDS = (

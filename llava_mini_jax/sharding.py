@@ -53,8 +53,8 @@ def make_mesh(shape: tuple[int, int, int] | None = None, devices: Sequence[jax.D
   Raises:
     MeshError: the sizes do not multiply to the number of devices.
   """
-  count = len(devices or jax.devices())
-  sizes = list(shape or (1, -1, 1))
+  count = len(jax.devices() if devices is None else devices)
+  sizes = list((1, -1, 1) if shape is None else shape)
   if len(sizes) != len(MESH_AXES) or any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
     raise MeshError(f'mesh: expected sizes of {" × ".join(MESH_AXES)}, one of which may be -1; found {tuple(sizes)}')
   if -1 in sizes:
@@ -70,6 +70,17 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   if batch_size % ways:
     raise MeshError(f'batch size {batch_size} is not a multiple of data × fsdp = {ways}')
+
+
+def check_parameter(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
+  """Raises MeshError, naming the parameter, unless its axes divide over the mesh axes they are laid on."""
+  try:
+    sharding.shard_shape(shape)
+  except ValueError as error:
+    mesh = dict(sharding.mesh.shape)
+    raise MeshError(
+      f'parameter {path}: shape {shape} does not divide as {tuple(sharding.spec)} over mesh {mesh}'
+    ) from error
 
 
 @contextlib.contextmanager

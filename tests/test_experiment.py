@@ -18,6 +18,7 @@ from llava_mini_jax.config import (
   DecoderConfig,
   LlavaMiniConfig,
   PrefusionConfig,
+  RopeScaling,
   ScanConfig,
   VisionConfig,
 )
@@ -206,7 +207,7 @@ MISTAKES = {
   'DecoderConfig.head_dim: rotary embedding needs an even size; found 3': decoder(head_dim=3),
   "ScanConfig.remat: expected one of full, none; found 'some'": lambda: ScanConfig(remat='some'),
   "LlavaMiniConfig.text_only: expected one of skip, zero_image; found 'drop'": replaced(text_only='drop'),
-  "LlavaMiniConfig.dtype: expected one of bfloat16, float16, float32; found 'int8'": replaced(dtype='int8'),
+  "LlavaMiniConfig.dtype: expected one of bfloat16, float32; found 'int8'": replaced(dtype='int8'),
   # fields that do not go together
   'VisionConfig.hidden_size=100 is not a multiple of num_attention_heads=16': lambda: VisionConfig(hidden_size=100),
   'VisionConfig.image_size=337 is not a multiple of patch_size=14': lambda: VisionConfig(image_size=337),
@@ -389,6 +390,18 @@ def test_a_vicuna_config_is_the_preset():
       {'rope_scaling': {'type': 'llama3', 'factor': 4.0}},
       lambda model: (dataclasses.astuple(model.decoder.rope_scaling), (4.0, 1.0, 4.0, 8192)),
     ),
+    # as transformers 5 writes it
+    (
+      {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 3e5, 'factor': 2.0}, 'rope_theta': None},
+      lambda model: (
+        (model.decoder.rope_theta, *dataclasses.astuple(model.decoder.rope_scaling)),
+        (3e5, 2.0, 1.0, 4.0, 8192),
+      ),
+    ),
+    (
+      {'rope_parameters': {'rope_type': 'default', 'rope_theta': 3e5}},
+      lambda model: ((model.decoder.rope_theta, model.decoder.rope_scaling), (3e5, RopeScaling())),
+    ),
   ],
 )
 def test_each_released_field_is_read(change, read):
@@ -406,6 +419,10 @@ def test_each_released_field_is_read(change, read):
     (
       {'rope_scaling': {'type': 'linear', 'factor': 2.0}},
       "config.json rope_scaling: expected type llama3 or null; found 'linear'",
+    ),
+    (
+      {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}},
+      "config.json rope_parameters: expected type llama3 or null; found 'yarn'",
     ),
     ({'mm_projector_type': 'linear'}, "config.json mm_projector_type: expected mlp2x_gelu; found 'linear'"),
     ({'num_key_value_heads': 5}, 'DecoderConfig.num_attention_heads=32 is not a multiple of num_key_value_heads=5'),

@@ -234,11 +234,23 @@ EXPECTED = 'mesh: expected sizes of data × fsdp × tensor, one of which may be 
     ((-1, -1, 2), EXPECTED + '(-1, -1, 2)'),
     ((8, 1, 0), EXPECTED + '(8, 1, 0)'),
     ((-2, 2, 2), EXPECTED + '(-2, 2, 2)'),
+    ((), EXPECTED + '()'),
   ],
 )
 def test_meshes_that_do_not_fit(shape, message):
   with pytest.raises(MeshError, match=f'^{re.escape(message)}$'):
     make_mesh(shape)
+
+
+def test_parameters_that_do_not_fit():
+  config = small_config(compressor=dict(num_heads=4))
+  message = (
+    "parameter compressor/k_proj: shape (32, 4, 8) does not divide as ('fsdp', 'tensor', None) "
+    "over mesh {'data': 1, 'fsdp': 1, 'tensor': 8}"
+  )
+  with pytest.raises(MeshError) as error:
+    make_trainer(config, make_mesh((1, 1, 8)), groups=(('.*', 1.0),), factor=lambda step: 1.0)
+  assert str(error.value) == message
 
 
 def test_batches_that_do_not_fit():

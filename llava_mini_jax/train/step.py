@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.models.llava_mini import build
-from llava_mini_jax.sharding import replicated, use_mesh
+from llava_mini_jax.sharding import check_parameter, replicated, use_mesh
 from llava_mini_jax.train.loss import next_token_loss
 from llava_mini_jax.train.optimizer import assign_groups, make_optimizer
 from llava_mini_jax.train.tree import abstract_model, flatten, merge, unflatten
@@ -62,11 +62,13 @@ def make_trainer(
     groups: see `optimizer.assign_groups`. factor: learning-rate schedule of peak 1.
     optimizer: beta1, beta2, eps, weight_decay, max_grad_norm.
   Raises:
-    ConfigError: a bad group table.
+    ConfigError: a bad group table. MeshError: a parameter that does not divide over the mesh.
   """
   with use_mesh(mesh):
     graphdef, abstract_params = abstract_model(config)
     param_shardings = flatten(nnx.to_pure_dict(nnx.get_named_sharding(abstract_params, mesh)))
+  for path, leaf in flatten(nnx.to_pure_dict(abstract_params)).items():
+    check_parameter(path, leaf.shape, param_shardings[path])
   rates = assign_groups(param_shardings, groups)
   tx = make_optimizer(unflatten({p: r for p, r in rates.items() if r is not None}), factor, **optimizer)
 
