@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 TEST = [
   'pytest>=8.0',
+  'pytest-xdist>=3.6',
   'ruff>=0.8',
   'torch==2.13.0',  # parity with the PyTorch implementations, nothing else
 ]

@@ -11,7 +11,7 @@ from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
 
-def get_config(arguments: str = 'epochs=6') -> ConfigDict:
+def get_config(arguments: str = 'epochs=7') -> ConfigDict:
   return Experiment(
     model=LlavaMiniConfig.preset('tiny'),
     data=DataConfig(

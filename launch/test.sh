@@ -9,4 +9,4 @@ export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
 if [ $# -eq 0 ]; then set -- -m 'not slow'; fi
-exec .venv-test/bin/python -m pytest "$@"
+exec .venv-test/bin/python -m pytest -n auto --dist loadfile "$@"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.errors import DataError
@@ -33,6 +34,8 @@ def launch(main: Callable[[Sequence[str]], None], *, arguments: bool = False) ->
       main(argv)
     except USER_ERRORS as error:
       sys.exit(f'error: {error}')
+    except OSError as error:  # a file that is not there, no permission, a full disk
+      sys.exit(f'error: {_one_line(str(error))}')
 
   app.run(wrapped, flags_parser=_parse)
 
@@ -40,7 +43,15 @@ def launch(main: Callable[[Sequence[str]], None], *, arguments: bool = False) ->
 def _parse(argv: Sequence[str]) -> list[str]:
   """Config files run, and overrides are looked up in them, while flags are parsed."""
   try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    text = ' '.join(str(error.args[0] if error.args else error).split()).strip('\'"')
-    sys.exit(f'error: command line or config: {text or type(error).__name__}')
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it catches
+      error = error.args[0]
+    sys.exit(f'error: {_one_line(str(error.args[0] if error.args else error)) or type(error).__name__}')
+
+
+def _one_line(text: str) -> str:
+  """A message without the traceback that it may quote; of that, only where it ended."""
+  before, _, quoted = text.partition('Traceback (most recent call last):')
+  last = quoted.strip().splitlines()[-1:]
+  return ' '.join(' '.join([before, *(re.sub(r'^[\w.]*\.(?=\w+: )', '', line) for line in last)]).split())

@@ -79,6 +79,8 @@ class TrainConfig:
         raise ConfigError(f'TrainConfig.{field}: expected a positive number; found {getattr(self, field)}')
     if self.weight_decay < 0 or self.max_steps < 0:
       raise ConfigError('TrainConfig: weight_decay and max_steps must not be negative')
+    if not all(isinstance(size, int) for size in self.mesh):
+      raise ConfigError(f'TrainConfig.mesh: expected integers; found {self.mesh!r}')
     for row in self.groups:
       if not isinstance(row, tuple) or len(row) != 2 or not isinstance(row[0], str):
         raise ConfigError(f"TrainConfig.groups: expected (pattern, learning rate or 'frozen'); found {row!r}")

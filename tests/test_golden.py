@@ -19,6 +19,7 @@ import pytest
 from conftest import GOLDEN
 from flax import nnx
 from safetensors.numpy import load_file
+from small_model import quick_jit
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.convert.released import from_released, to_released
@@ -155,7 +156,7 @@ def encode_calls(case: Case):
       k += 1
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def run_stages(graphdef: nnx.GraphDef, params: dict, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> dict:
   """One call of the released encoder, under the names of its recorded tensors. Text is not compacted."""
   model = merge(graphdef, params)
@@ -207,7 +208,7 @@ def test_stages(case):
   assert recorded - unused == checked, f'recorded but not compared: {sorted(recorded - unused - checked)}'
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def run_whole(graphdef: nnx.GraphDef, params: dict, batch: Batch) -> tuple[jax.Array, ...]:
   """Decoder input, every layer's output (the last one normed), logits."""
   model = merge(graphdef, params)
@@ -216,7 +217,7 @@ def run_whole(graphdef: nnx.GraphDef, params: dict, batch: Batch) -> tuple[jax.A
   return embeds, [*layers[:-1], hidden], model.decoder.logits(hidden)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def run_gradients(graphdef: nnx.GraphDef, params: dict, batch: Batch) -> tuple[jax.Array, dict]:
   def loss(params):
     return next_token_loss(merge(graphdef, params)(batch), batch.targets, batch.loss_mask)[0]
@@ -224,7 +225,7 @@ def run_gradients(graphdef: nnx.GraphDef, params: dict, batch: Batch) -> tuple[j
   return jax.value_and_grad(loss)(params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(quick_jit, static_argnums=(0, 3))
 def run_generate(graphdef: nnx.GraphDef, params: dict, batch: Batch, count: int) -> tuple[jax.Array, jax.Array]:
   return generate(merge(graphdef, params), batch, max_new_tokens=count, eos_id=None, return_logits=True)
 

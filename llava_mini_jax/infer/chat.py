@@ -25,6 +25,10 @@ class Conversation:
   def show(self, path: Path | None) -> None:
     """Starts over with another image. Raises DataError if it cannot be read."""
     self._image: Image.Image | None = None if path is None else load_image(path, str(path))
+    self.start_over()
+
+  def start_over(self) -> None:
+    """Forgets the turns, not the image."""
     self._turns: list[Turn] = []
 
   def ask(self, question: str) -> None:
@@ -60,10 +64,9 @@ def prompt_loop(answerer: Answerer, image: Path | None) -> None:
       return
     try:
       if line == '/new':
-        conversation = Conversation(answerer, image)
+        conversation.start_over()
       elif line.startswith('/image'):
-        image = Path(line.removeprefix('/image').strip())
-        conversation.show(image)
+        conversation.show(Path(line.removeprefix('/image').strip()))
       else:
         conversation.ask(line)
     except DataError as error:

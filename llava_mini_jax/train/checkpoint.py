@@ -7,6 +7,7 @@ to the shardings of the mesh at hand, whichever mesh wrote it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,14 @@ class Checkpoints:
     """The state, in the shardings of `abstract`, and the meta.
 
     Raises:
-      CheckpointError: no such step, or leaves that are missing, unexpected, misshaped or of another dtype.
+      CheckpointError: no such step, a damaged one, or leaves that are missing, unexpected, misshaped or of another
+        dtype.
     """
     step = self._require(step)
-    self._compare(abstract, step)
-    return self._checkpointer.load_checkpointables(step, {'state': abstract})['state'], self.meta(step)
+    meta = self.meta(step)
+    with self._naming(step):
+      self._compare(abstract, step)
+      return self._checkpointer.load_checkpointables(step, {'state': abstract})['state'], meta
 
   def restore_parameters(self, shardings: dict[str, Any], step: int | None = None) -> dict[str, Any]:
     """Only the parameters (trained and frozen, as one nested dict), for inference.
@@ -90,8 +94,13 @@ class Checkpoints:
     return unflatten(flatten(loaded['params']) | flatten(loaded['frozen']))
 
   def meta(self, step: int | None = None) -> dict[str, Any]:
-    """The meta alone. Raises CheckpointError if there is no such step."""
-    return self._checkpointer.checkpointables_metadata(self._require(step)).custom_metadata
+    """The meta alone. Raises CheckpointError if there is no such step, or its meta cannot be read."""
+    step = self._require(step)
+    with self._naming(step):
+      meta = self._checkpointer.checkpointables_metadata(step).custom_metadata
+    if not meta:  # Orbax only logs that the file is missing or broken
+      raise CheckpointError(f'{self.directory}/{step} is damaged: its metadata is missing or cannot be parsed')
+    return meta
 
   def wait(self) -> None:
     """Until everything is written; raises what a background write raised."""
@@ -112,6 +121,14 @@ class Checkpoints:
       wanted = '' if step is None else f' of step {step}'
       raise CheckpointError(f'no checkpoint{wanted} in {self.directory} (steps there: {steps or "none"})')
     return steps[-1] if step is None else step
+
+  @contextlib.contextmanager
+  def _naming(self, step: int):
+    """What Orbax raises of files that are missing or cut short says neither which checkpoint nor that it is damaged."""
+    try:
+      yield
+    except (KeyError, ValueError, OSError) as error:
+      raise CheckpointError(f'{self.directory}/{step} is damaged: {error}') from error
 
   def _compare(self, abstract: dict[str, Any], step: int) -> None:
     """Orbax casts dtypes silently and reports one kind of mismatch at a time; list them all."""

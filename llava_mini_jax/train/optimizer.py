@@ -28,9 +28,14 @@ def assign_groups(paths: Iterable[str], groups: Sequence[tuple[str, float | str]
     groups: (pattern, learning rate or 'frozen'); a pattern is a regular expression that must match the whole path,
       and the first that matches decides.
   Raises:
-    ConfigError: a parameter matched by no pattern, a pattern that decides no parameter, or a bad learning rate.
+    ConfigError: a parameter matched by no pattern, a pattern that decides no parameter or is none,
+      or a bad learning rate.
   """
   for pattern, rate in groups:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ConfigError(f'groups: {pattern!r} is not a regular expression: {error}') from error
     is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
     if rate != FROZEN and not (is_number and 0 < rate < float('inf')):
       raise ConfigError(f'groups: {pattern!r}: expected a positive learning rate or {FROZEN!r}; found {rate!r}')

@@ -305,7 +305,8 @@ def sharding():
 
 
 def to_numpy(batch: Batch) -> dict[str, np.ndarray]:
-  return {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+  fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+  return {name: np.asarray(value) for name, value in fields.items() if value is not None}
 
 
 def test_device_batches_are_the_batches(sharding):

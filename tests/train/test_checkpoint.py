@@ -91,7 +91,7 @@ def test_comes_back_bit_for_bit_on_any_mesh(saved, name):
 
 def test_what_another_mesh_wrote_comes_back_on_the_first(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, put(values(), mesh_of('all')), {})
+    checkpoints.save(1, put(values(), mesh_of('all')), dict(data=0))
     checkpoints.wait()
     state, _ = checkpoints.restore(abstract(put(values(), mesh_of('data'))))
   assert_same_bits(state, values())
@@ -104,7 +104,7 @@ def test_optimizer_tuples(tmp_path):
   _, opt = tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params)
   state = {'params': params, 'opt': opt}
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, state, {})
+    checkpoints.save(1, state, dict(data=0))
     checkpoints.wait()
     found, _ = checkpoints.restore(abstract(state))
   assert jax.tree.structure(found) == jax.tree.structure(state)
@@ -223,12 +223,12 @@ def test_meta_round_trip(tmp_path):
   }
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, {'a': jnp.ones(1)}, meta)
-    checkpoints.save(2, {'a': jnp.ones(1)}, {})
+    checkpoints.save(2, {'a': jnp.ones(1)}, dict(data=2))
   with Checkpoints(tmp_path) as checkpoints:
     found = checkpoints.meta(1)
     assert found == meta
     assert [type(item) for item in found['bools']] == [bool, bool]
-    assert checkpoints.meta() == {}
+    assert checkpoints.meta() == dict(data=2)
 
 
 def test_the_newest_are_kept(tmp_path):
