@@ -4,10 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VIDEO = ['av>=18.1']
 TEST = [
+  *VIDEO,
   'pytest>=8.0',
   'pytest-xdist>=3.6',
-  'ruff>=0.8',
+  'ruff>=0.15,<0.18',  # another version may format otherwise
   'torch==2.13.0',  # parity with the PyTorch implementations, nothing else
 ]
 
@@ -33,7 +35,7 @@ setup(
     'ml_collections>=1.0',
     'numpy>=2.0',
     'optax>=0.2.8',
-    'orbax-checkpoint>=0.12.8',
+    'orbax-checkpoint>=0.12.8,<0.13',  # its v1 interface may still change
     'pillow>=11.0',
     'protobuf>=5.0',
     'safetensors>=0.5',
@@ -47,6 +49,7 @@ setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
+    'video': VIDEO,
     'convert': ['torch>=2.5'],
     'test': TEST,
   },

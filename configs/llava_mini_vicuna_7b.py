@@ -1,11 +1,22 @@
-"""LLaVA-Mini with Vicuna-7B at 336 pixels, one vision token: the paper's stage 1 and stage 2.
+"""LLaVA-Mini with Vicuna-7B: the paper's stages, at 336 pixels, in high resolution, and with videos.
 
+1. Start from CLIP ViT-L/14-336 and the language model, as Hugging Face directories:
+python launch/convert.py import --vision=clip-vit-large-patch14-336 --decoder=vicuna-7b-v1.5 --to=runs/vicuna_7b_start
+
+2. Prepare LLaVA's 558K captions, its 665K instructions and, for stage2_video, 100K instructions about videos; each is
+a JSON file and the directory of its images or videos. LLaVA's own files repeat ids and miss some images:
+python launch/prepare_data.py --source=blip_laion_cc_sbu_558k.json --media_root=images \
+  --tokenizer_vocab_size=0 --number_duplicates --out=data/llava_captions
+python launch/prepare_data.py --source=llava_v1_5_mix665k.json --media_root=images \
+  --tokenizer_vocab_size=0 --number_duplicates --max_refused=0.01 --out=data/llava_instructions
+python launch/prepare_data.py --source=video_instructions.json --media_root=videos \
+  --tokenizer_vocab_size=0 --number_duplicates --out=data/video_instructions
+
+3. Train; `recipes.py` says what each stage reads and trains:
 python launch/train.py --config=configs/llava_mini_vicuna_7b.py:stage1 --workdir=runs/vicuna_7b_stage1
 python launch/train.py --config=configs/llava_mini_vicuna_7b.py:stage2 --workdir=runs/vicuna_7b_stage2
-
-Data: 558K captions (stage 1) and 665K instructions (stage 2) in LLaVA's format, prepared with
-python launch/prepare_data.py --source=FILE.json --image_root=IMAGES --tokenizer_vocab_size=0 --out=data/llava_STAGE
-Set --config.data.tokenizer to the tokenizer directory of the language model.
+python launch/train.py --config=configs/llava_mini_vicuna_7b.py:stage2_hd --workdir=runs/vicuna_7b_hd
+python launch/train.py --config=configs/llava_mini_vicuna_7b.py:stage2_video --workdir=runs/vicuna_7b_video
 """
 
 from ml_collections import ConfigDict
@@ -16,4 +27,4 @@ from llava_mini_jax.recipes import paper_stage
 
 def get_config(stage: str = 'stage2') -> ConfigDict:
   model = LlavaMiniConfig.preset('vicuna_7b')
-  return paper_stage(model, stage, template='vicuna_v1', dataset=f'data/llava_{stage}').to_config_dict()
+  return paper_stage(model, stage, template='vicuna_v1', name='vicuna_7b').to_config_dict()

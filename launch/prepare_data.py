@@ -1,7 +1,7 @@
 """Prepares a dataset: checks every sample, writes array_record files, and trains a tokenizer on them.
 
 python launch/prepare_data.py --source=easy_vqa --out=data/easy_vqa
-python launch/prepare_data.py --source=train.json,val.jsonl --split=train,validation --image_root=images --out=data/mine
+python launch/prepare_data.py --source=train.json,val.jsonl --split=train,validation --media_root=images --out=data/mine
 """
 
 from absl import flags
@@ -12,7 +12,9 @@ from llava_mini_jax.data.prepare import describe, prepare
 
 _SOURCE = flags.DEFINE_list('source', None, 'easy_vqa, or LLaVA-style .json/.jsonl files.')
 _SPLIT = flags.DEFINE_list('split', ['train'], 'The split that each source file becomes.')
-_IMAGE_ROOT = flags.DEFINE_string('image_root', None, 'Directory that image paths are relative to.')
+_MEDIA_ROOT = flags.DEFINE_list(
+  'media_root', [], 'Directory that image and video paths are relative to; one for all sources, or one each.'
+)
 _OUT = flags.DEFINE_string('out', None, 'Directory to write.')
 _VOCAB_SIZE = flags.DEFINE_integer(
   'tokenizer_vocab_size', 512, 'Most tokens of the tokenizer that is trained; 0 = train none.', lower_bound=0
@@ -32,7 +34,7 @@ def main(_) -> None:
     _SOURCE.value,
     _OUT.value,
     splits=_SPLIT.value,
-    image_root=_IMAGE_ROOT.value,
+    media_roots=_MEDIA_ROOT.value,
     tokenizer_vocab_size=_VOCAB_SIZE.value,
     max_refused=_MAX_REFUSED.value,
     number_duplicates=_NUMBER_DUPLICATES.value,

@@ -12,11 +12,11 @@ from absl import app, flags, logging
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.sharding import MeshError
-from llava_mini_jax.train.checkpoint import CheckpointError
+from llava_mini_jax.train.errors import CheckpointError, TrainingError
 
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # on import it advises to install PyTorch
 
-USER_ERRORS = (ConfigError, DataError, MeshError, CheckpointError)
+USER_ERRORS = (ConfigError, DataError, MeshError, CheckpointError, TrainingError)
 
 
 def launch(main: Callable[[Sequence[str]], None], *, arguments: bool = False) -> None:
@@ -42,9 +42,13 @@ def launch(main: Callable[[Sequence[str]], None], *, arguments: bool = False) ->
 
 def _parse(argv: Sequence[str]) -> list[str]:
   """Config files run, and overrides are looked up in them, while flags are parsed."""
+  for argument in argv:
+    name, _, value = argument.lstrip('-').partition('=')
+    if name == 'config' and not os.path.isfile(file := value.split(':')[0]):
+      sys.exit(f'error: --config: no such file: {file}')
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+  except Exception as error:  # a config is a program: it may fail in any way
     while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it catches
       error = error.args[0]
     sys.exit(f'error: {_one_line(str(error.args[0] if error.args else error)) or type(error).__name__}')

@@ -175,12 +175,18 @@ class LlavaMiniConfig:
   text_only: str = (
     'skip'  # rows without an image: plain decoder; zero_image = fused with zero pixels (released training)
   )
+  video_stop_grad: bool = (
+    False  # no gradient through the visuals of rows laid out for several (released: of 6-D videos)
+  )
+  visual_chunk: int = 0  # most visuals of a row in memory at a time: memory flat in a video's length; 0 = all
   dtype: str = 'bfloat16'  # compute; parameters are f32
   scan: ScanConfig = ScanConfig()
 
   def __post_init__(self):
     require_choice('LlavaMiniConfig.text_only', self.text_only, ('skip', 'zero_image'))
     require_choice('LlavaMiniConfig.dtype', self.dtype, ('bfloat16', 'float32'))
+    if isinstance(self.visual_chunk, bool) or self.visual_chunk < 0:
+      raise ConfigError(f'LlavaMiniConfig.visual_chunk: expected 0 or more; found {self.visual_chunk!r}')
     if self.compressor.kind == 'query' and self.compressor.attention == 'mha':
       width = self.compressor_width
       if width % self.compressor.num_heads:
@@ -197,8 +203,12 @@ class LlavaMiniConfig:
 
   @property
   def tokens_per_visual(self) -> int:
-    """C: what one image, or one frame, costs in the decoder."""
-    return self.vision.num_patches if self.compressor.kind == 'none' else self.compressor.grid**2
+    """C: what one image, or one frame, of a single view costs in the decoder."""
+    return self.slots_per_visual(1)
+
+  def slots_per_visual(self, views: int) -> int:
+    """C of an image or a frame of so many views: grid², or every patch of every view without a compressor."""
+    return views * self.vision.num_patches if self.compressor.kind == 'none' else self.compressor.grid**2
 
   @classmethod
   def preset(cls, name: str) -> LlavaMiniConfig:
@@ -218,61 +228,10 @@ class LlavaMiniConfig:
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any], vision: Mapping[str, Any]) -> LlavaMiniConfig:
-    """From the released `config.json` and its CLIP tower's (`vision_config.json`)."""
-    heads = config['num_attention_heads']
-    theta, scaling = _rope_from_hf(config)
-    if config.get('mm_projector_type', 'mlp2x_gelu') != 'mlp2x_gelu':
-      raise ConfigError(f'config.json mm_projector_type: expected mlp2x_gelu; found {config["mm_projector_type"]!r}')
-    return cls(
-      vision=VisionConfig(
-        select_layer=config.get('mm_vision_select_layer', -2),
-        keep_unused_layers=True,
-        **{f: vision[f] for f in _VISION_HF_FIELDS},
-      ),
-      compressor=CompressorConfig(grid=config['compressor_size']),
-      prefusion=PrefusionConfig(num_layers=config['prefusion_layer_num']),
-      decoder=DecoderConfig(
-        num_key_value_heads=config.get('num_key_value_heads', heads),
-        head_dim=config.get('head_dim') or config['hidden_size'] // heads,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=config.get('tie_word_embeddings', False),
-        **{f: config[f] for f in _DECODER_HF_FIELDS},
-      ),
-    )
+    """From the released `config.json` and its CLIP tower's (`vision_config.json`); see `convert.hf_config`."""
+    from llava_mini_jax.convert.hf_config import released_from_hf  # which builds on this file
 
-
-def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-  """From `rope_parameters` (transformers 5), else from `rope_theta` and `rope_scaling` (before). Raises ConfigError."""
-  field = 'rope_parameters' if config.get('rope_parameters') else 'rope_scaling'
-  rope = config.get(field) or {}
-  kind = rope.get('rope_type', rope.get('type', 'default' if field == 'rope_parameters' else 'llama3'))
-  if kind not in ('llama3', 'default'):
-    raise ConfigError(f'config.json {field}: expected type llama3 or null; found {kind!r}')
-  names = [f.name for f in dataclasses.fields(RopeScaling)] if kind == 'llama3' else []
-  scaling = RopeScaling(**{name: rope[name] for name in names if name in rope})
-  return rope.get('rope_theta', config.get('rope_theta', 10000.0)), scaling
-
-
-_VISION_HF_FIELDS = (
-  'hidden_size',
-  'intermediate_size',
-  'num_hidden_layers',
-  'num_attention_heads',
-  'image_size',
-  'patch_size',
-  'layer_norm_eps',
-)
-_DECODER_HF_FIELDS = (
-  'vocab_size',
-  'hidden_size',
-  'intermediate_size',
-  'num_hidden_layers',
-  'num_attention_heads',
-  'rms_norm_eps',
-  'max_position_embeddings',
-  'initializer_range',
-)
+    return released_from_hf(config, vision)
 
 
 def _vicuna_7b() -> LlavaMiniConfig:

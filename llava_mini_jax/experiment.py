@@ -22,15 +22,28 @@ class DataConfig:
 
   dataset: str = ''  # directory written by launch/prepare_data.py
   split: str = 'train'
-  tokenizer: str = ''  # HF fast tokenizer directory; '' = the one prepared with the dataset
+  mixture: tuple = ()  # instead of dataset and split: (directory, split, rule, weight) each; see `data/mixture.py`
+  tokenizer: str = ''  # HF fast tokenizer directory; '' = that of train.init_from, else that of the dataset
   template: str = 'vicuna_v1'  # conversation template: a name or a Jinja file
   default_system: bool = True  # False leaves the template's system text out
   row_length: int = 2048  # L
   visuals_per_row: int = 1  # M
   fused_text: int = 0  # T; 0 = row_length
   aspect: str = 'pad'  # pad to a square with the mean colour, or crop the centre
+  grid: int = 1  # r > 1: high resolution, r × r crops besides the whole image
+  grid_order: str = (
+    'pad_then_split'  # how crops come about (`images.ImageProcessor`); released evaluation: split_then_pad
+  )
+  video_fps: float = 1.0  # frames per second that are seen
+  video_frames: int = 0  # instead of video_fps: so many, evenly spread
+  video_max_frames: int = 0  # of video_fps; a longer video is seen at so many, evenly spread. 0 = no limit
+  video_rule: str = 'timestamp'  # timestamp; released = the index rule of the released package
+  frame_resize: str = 'squash'  # squash a frame to a square (released); aspect = treat it as an image
   max_turns: int = 0  # keep a random 1…max_turns questions of a record, in random order; 0 = the conversation as it is
   side_by_side: bool = False  # questions of a record share its image in one row, and none sees another; as many as fit
+  pack: bool = False  # several whole samples share a row
+  group_by_length: bool = False  # batches of like length, text only apart
+  row_lengths: tuple = ()  # with group_by_length: the lengths that a batch may have, up to row_length
   flip: float = 0.0  # probability of a horizontal flip
   shift: int = 0  # most pixels of a random shift that keeps the content inside
   workers: int = 0  # data worker processes
@@ -43,6 +56,12 @@ class DataConfig:
     for field in ('fused_text', 'max_turns', 'shift', 'workers'):
       if getattr(self, field) < 0:
         raise ConfigError(f'DataConfig.{field}: expected 0 or more; found {getattr(self, field)}')
+    if self.pack and self.group_by_length:
+      raise ConfigError('DataConfig: expected at most one of pack and group_by_length; found both')
+    if self.row_lengths and not self.group_by_length:
+      raise ConfigError('DataConfig.row_lengths: expected none without group_by_length')
+    if (self.pack or self.row_lengths) and (self.max_turns or self.side_by_side):
+      raise ConfigError('DataConfig: expected no max_turns and no side_by_side with pack or row_lengths; found one')
     if not 0 <= self.flip <= 1:
       raise ConfigError(f'DataConfig.flip: expected a probability; found {self.flip}')
 
@@ -52,6 +71,8 @@ class TrainConfig:
   """How it trains. `groups` is a table of (path pattern, peak learning rate or 'frozen'); the first match decides."""
 
   groups: tuple = (('.*', 1e-4),)
+  init_from: str = ''  # a run, or an imported checkpoint, whose parameters and tokenizer this one starts with
+  init_fresh: tuple = ()  # path patterns of the parameters that may start anew if `init_from` does not have them
   batch_size: int = 256  # global
   epochs: float = 1.0
   max_steps: int = 0  # ends earlier; the schedule is laid out over the shorter of the two. 0 = no limit
@@ -114,12 +135,12 @@ class Experiment:
       train=build_dataclass(TrainConfig, values['train'], 'train'),
     )
 
-  def total_steps(self, records: int) -> int:
-    """Steps of a run over that many records: whole batches only. Raises ConfigError if there is none."""
-    steps = int(self.train.epochs * records) // self.train.batch_size
+  def total_steps(self, rows: int) -> int:
+    """Steps of a run over that many rows: whole batches only. Raises ConfigError if there is none."""
+    steps = rows // self.train.batch_size
     steps = min(steps, self.train.max_steps) if self.train.max_steps else steps
     if not steps:
       raise ConfigError(
-        f'{records} records × {self.train.epochs:g} epochs do not fill one batch of {self.train.batch_size}'
+        f'{rows} row(s) in {self.train.epochs:g} epochs do not fill one batch of {self.train.batch_size}'
       )
     return steps

@@ -1,40 +1,82 @@
-"""The paper's two training stages (Table 9, Sec. 4.3) as functions of a model; `configs/` names data and sizes."""
+"""The paper's training stages (Table 9, Sec. 4.3) as functions of a model; `configs/` names decoder and template.
+
+| stage | starts from | reads | trains |
+|---|---|---|---|
+| stage1 | `runs/start`: CLIP tower and language model, imported | captions, every patch to the decoder | projector |
+| stage1_full | the same | captions, compressed and fused as in stage 2 | projector, compressor, pre-fusion |
+| stage2 | stage 1 | instructions, one token per image | all but the tower |
+| stage2_hd | stage 1 | instructions, 2 × 2 crops and the whole image, 8 × 8 tokens | all but the tower |
+| stage2_video | stage 1 | instructions about images and videos (a frame per second, 60 at most) | all but the tower |
+
+stage1_full is what the released training script does; the paper's stage 1 has neither compressor nor pre-fusion.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 
-from llava_mini_jax.config import CompressorConfig, ConfigError, LlavaMiniConfig, PrefusionConfig
+from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig, require_choice
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
-STAGES = ('stage1', 'stage2')
+STAGES = ('stage1', 'stage1_full', 'stage2', 'stage2_hd', 'stage2_video')
+FRAMES = 60
 
 
-def paper_stage(model: LlavaMiniConfig, stage: str, *, template: str, dataset: str) -> Experiment:
+def paper_stage(model: LlavaMiniConfig, stage: str, *, template: str, name: str) -> Experiment:
   """One stage for any decoder: AdamW, cosine, warm-up 0.03, batch 256.
 
-  stage1: caption pretraining; the projector alone trains (1e-3, 1 epoch), every patch goes to the decoder, compressor
-  and pre-fusion are absent.
-  stage2: instruction tuning; all but the vision tower train (decoder 1e-4, multimodal modules 1e-5, 2 epochs). Text
-  embeddings are detached, as in the released code, so they get no gradient and are left out of the optimizer.
+  Stage 1 is one epoch at 1e-3, stage 2 two epochs, the decoder at 1e-4 and the multimodal modules at 1e-5. Text
+  embeddings are detached, as in the released code: unless they are the output head too, they get no gradient and are
+  left out of the optimizer.
 
+  Args:
+    name: begins the names of the runs: `runs/{name}_start`, `runs/{name}_stage1`.
   Raises:
     ConfigError: another stage.
   """
-  if stage == 'stage1':
+  require_choice('stage', stage, STAGES)
+  if stage.startswith('stage1'):
+    return _stage1(model, full=stage == 'stage1_full', start=f'runs/{name}_start')
+  return _stage2(model, stage, template=template, start=f'runs/{name}_stage1')
+
+
+def _stage1(model: LlavaMiniConfig, *, full: bool, start: str) -> Experiment:
+  trained = '(projector|compressor|prefusion)/.*' if full else 'projector/.*'
+  if not full:
     model = dataclasses.replace(
       model, compressor=CompressorConfig(kind='none'), prefusion=PrefusionConfig(num_layers=0)
     )
-    groups = (('projector/.*', 1e-3), ('(vision|decoder)/.*', 'frozen'))
-    data = DataConfig(dataset=dataset, template='plain', row_length=1024)
-    return Experiment(model, data, TrainConfig(groups=groups, epochs=1.0))
-  if stage == 'stage2':
-    groups = (
+  train = TrainConfig(
+    groups=((trained, 1e-3), ('(vision|decoder)/.*', 'frozen')), init_from=start, init_fresh=(trained,), epochs=1.0
+  )
+  return Experiment(model, DataConfig(dataset='data/llava_captions', template='plain', row_length=1024), train)
+
+
+def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, start: str) -> Experiment:
+  tied = model.decoder.tie_word_embeddings  # then the table is the head too, and trains
+  data = DataConfig(dataset='data/llava_instructions', template=template, row_length=2048)
+  if stage == 'stage2_hd':
+    model = dataclasses.replace(model, compressor=dataclasses.replace(model.compressor, grid=8))
+    data = dataclasses.replace(data, grid=2)
+  if stage == 'stage2_video':
+    model = dataclasses.replace(model, visual_chunk=12)
+    data = dataclasses.replace(
+      data,
+      dataset='',
+      mixture=(('data/llava_instructions', 'train', 'all', 1.0), ('data/video_instructions', 'train', 'all', 1.0)),
+      visuals_per_row=FRAMES,
+      video_max_frames=FRAMES,
+      fused_text=1024,
+    )
+  train = TrainConfig(
+    groups=(
       ('vision/.*', 'frozen'),
-      ('decoder/embed_tokens', 'frozen'),
+      *(() if tied else (('decoder/embed_tokens', 'frozen'),)),
       ('(projector|compressor|prefusion)/.*', 1e-5),
       ('decoder/.*', 1e-4),
-    )
-    data = DataConfig(dataset=dataset, template=template, row_length=2048)
-    return Experiment(model, data, TrainConfig(groups=groups, epochs=2.0))
-  raise ConfigError(f'stage: expected one of {", ".join(STAGES)}; found {stage!r}')
+    ),
+    init_from=start,
+    init_fresh=('(compressor|prefusion)/.*',),
+    epochs=2.0,
+  )
+  return Experiment(model, data, train)

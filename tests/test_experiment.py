@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import ml_collections
@@ -23,14 +24,14 @@ from llava_mini_jax.config import (
   VisionConfig,
 )
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
-from llava_mini_jax.recipes import paper_stage
+from llava_mini_jax.recipes import STAGES, paper_stage
 from llava_mini_jax.train.optimizer import assign_groups
 from llava_mini_jax.train.tree import parameter_shapes
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 PAPER = ('llava_mini_vicuna_7b', 'llava_mini_llama31_8b')
 ARGUMENTS = {
-  **{name: [(), ('stage1',), ('stage2',)] for name in PAPER},
+  **{name: [(), *((stage,) for stage in STAGES)] for name in PAPER},
   'tiny_easy_vqa': [(), ('epochs=40',)],
 }
 CASES = [(name, arguments) for name, several in ARGUMENTS.items() for arguments in several]
@@ -74,7 +75,7 @@ def test_a_config_round_trip(name, arguments):
 
 @pytest.mark.parametrize('name', ARGUMENTS)
 def test_the_groups_fit_the_model(name):
-  for arguments in ARGUMENTS[name][-2:]:
+  for arguments in ARGUMENTS[name][1:]:
     assert any(rates(name, *arguments).values())
 
 
@@ -228,7 +229,9 @@ MISTAKES = {
   "config: expected the sections model, data, train; missing ['train'], unknown ['trian']": sections(
     train=None, trian={}
   ),
-  "stage: expected one of stage1, stage2; found 'stage3'": lambda: load('llava_mini_vicuna_7b', 'stage3'),
+  "stage: expected one of stage1, stage1_full, stage2, stage2_hd, stage2_video; found 'stage3'": lambda: load(
+    'llava_mini_vicuna_7b', 'stage3'
+  ),
   # what is missing
   'model: missing decoder': model_dict('decoder', KeyError),
   'model.decoder: missing vocab_size': model_dict('decoder.vocab_size', KeyError),
@@ -278,7 +281,7 @@ MISTAKES = {
   "TrainConfig.groups: expected (pattern, learning rate or 'frozen'); found '.*'": experiment_dict(
     'train', groups=['.*', 1e-4]
   ),
-  '7 records × 1 epochs do not fill one batch of 8': lambda: Experiment(
+  '7 row(s) in 1 epochs do not fill one batch of 8': lambda: Experiment(
     TINY, DataConfig(), TrainConfig(batch_size=8)
   ).total_steps(7),
 }
@@ -301,28 +304,62 @@ def test_whole_numbers_are_numbers():
 
 
 @pytest.mark.parametrize(
-  ('records', 'train', 'steps'),
+  ('rows', 'train', 'steps'),
   [
     (16, dict(batch_size=8), 2),
     (23, dict(batch_size=8), 2),
-    (23, dict(batch_size=8, epochs=2.0), 5),  # batches run across the ends of epochs
-    (16, dict(batch_size=8, epochs=0.5), 1),
-    (16, dict(batch_size=8, epochs=10.0, max_steps=3), 3),
+    (160, dict(batch_size=8, max_steps=3), 3),
     (16, dict(batch_size=8, max_steps=30), 2),
   ],
 )
-def test_steps_of_a_run(records, train, steps):
-  assert Experiment(TINY, DataConfig(), TrainConfig(**train)).total_steps(records) == steps
+def test_steps_of_a_run(rows, train, steps):
+  assert Experiment(TINY, DataConfig(), TrainConfig(**train)).total_steps(rows) == steps
 
 
 def test_a_stage_replaces_only_what_it_says():
   model = LlavaMiniConfig.preset('smollm2_135m')
-  first = paper_stage(model, 'stage1', template='chatml', dataset='d').model
+  first = paper_stage(model, 'stage1', template='chatml', name='x').model
   assert first.to_dict() | {'compressor': None, 'prefusion': None} == model.to_dict() | {
     'compressor': None,
     'prefusion': None,
   }
-  assert paper_stage(model, 'stage2', template='chatml', dataset='d').model == model
+  assert paper_stage(model, 'stage2', template='chatml', name='x').model == model
+  assert paper_stage(model, 'stage1_full', template='chatml', name='x').model == model
+
+
+def test_a_tied_table_trains_as_the_head_that_it_is():
+  experiment = paper_stage(LlavaMiniConfig.preset('smollm2_135m'), 'stage2', template='chatml', name='x')
+  found = assign_groups(parameter_shapes(experiment.model), experiment.train.groups)
+  assert found['decoder/embed_tokens'] == 1e-4 and 'decoder/lm_head' not in found
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_the_released_stage_1(name):
+  """All modules but the pretrained ones, on the compressed token."""
+  experiment = Experiment.from_dict(load(name, 'stage1_full'))
+  trained = {path.split('/')[0] for path, rate in rates(name, 'stage1_full').items() if rate is not None}
+  assert trained == {'projector', 'compressor', 'prefusion'}
+  assert experiment.model == Experiment.from_dict(load(name, 'stage2')).model
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_high_resolution_and_video(name):
+  hd, video, plain = (Experiment.from_dict(load(name, stage)) for stage in ('stage2_hd', 'stage2_video', 'stage2'))
+  assert (hd.model.compressor.grid, hd.model.tokens_per_visual, hd.data.grid) == (8, 64, 2)
+  assert (video.model.tokens_per_visual, video.data.visuals_per_row, video.data.video_fps) == (1, 60, 1.0)
+  assert [row[0] for row in video.data.mixture] == ['data/llava_instructions', 'data/video_instructions']
+  assert hd.train == video.train == plain.train
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_the_stages_start_from_each_other(name):
+  first, second = (Experiment.from_dict(load(name, stage)).train for stage in ('stage1', 'stage2'))
+  short = name.removeprefix('llava_mini_')
+  assert (first.init_from, second.init_from) == (f'runs/{short}_start', f'runs/{short}_stage1')
+  text = (CONFIGS / f'{name}.py').read_text()
+  assert f'--to={first.init_from}' in text and f'--workdir={second.init_from}\n' in text
+  fresh = [path for path in rates(name, 'stage2') if path not in rates(name, 'stage1')]
+  assert all(any(re.fullmatch(pattern, path) for pattern in second.init_fresh) for path in fresh)
 
 
 # What the released llava-mini-llama-3.1-8b says, and CLIP-ViT-L/14-336; keys that nothing reads are left out.

@@ -18,7 +18,7 @@ from tiny_run import COLORS, QUESTIONS, REPOSITORY, SAVE_EVERY, STEPS, command, 
 from llava_mini_jax.data import records
 from llava_mini_jax.infer.chat import HELP
 
-SCRIPTS = ('train', 'evaluate', 'chat', 'prepare_data')
+SCRIPTS = ('train', 'evaluate', 'chat', 'prepare_data', 'convert', 'benchmark')
 
 TRAIN = '--config=tests/tiny_run.py:{data}', '--workdir={tmp}/run'
 EVALUATE = '--workdir={run}', '--dataset={data}'
@@ -36,11 +36,11 @@ MISTAKES = {
   'unknown section': ('train', [*TRAIN, '--config.modle.dtype=x'], ('Did you mean "model" instead of "modle"',)),
   'unknown flag': ('train', [*TRAIN, '--workdri=x'], ("Unknown command line flag 'workdri'",)),
   'no workdir': ('train', TRAIN[:1], ('--workdir',)),
-  'no config file': ('train', ['--config=configs/none.py', TRAIN[1]], ('configs/none.py', 'No such file')),
+  'no config file': ('train', ['--config=configs/none.py', TRAIN[1]], 'error: --config: no such file: configs/none.py'),
   'unknown config argument': (
     'train',
     ['--config=configs/llava_mini_vicuna_7b.py:stage3', TRAIN[1]],
-    ("stage: expected one of stage1, stage2; found 'stage3'",),
+    ("stage: expected one of stage1, stage1_full, stage2, stage2_hd, stage2_video; found 'stage3'",),
   ),
   'bad config argument': (
     'train',
@@ -108,15 +108,14 @@ MISTAKES = {
     'train',
     [TRAIN[0], '--workdir={tmp}/copy', '--config.model.vision.intermediate_size=48'],
     (
-      'error: {tmp}/copy/checkpoints/128 does not fit this run:',
-      '  params/vision/layers/fc1/kernel: expected float32[1, 16, 48], found float32[1, 16, 32]',
-      '  params/vision/layers/fc2/kernel: expected float32[1, 48, 16], found float32[1, 32, 16]',
+      'error: {tmp}/copy/checkpoints: its run differs from this one; use another --workdir:',
+      '  config.model.vision.intermediate_size: was 32, is 48',
     ),
   ),
   'another length in the workdir': (
     'train',
     [TRAIN[0], '--workdir={tmp}/copy', '--config.train.max_steps=127'],
-    'error: {tmp}/copy/checkpoints: its run has 128 steps, this one 127; use another --workdir',
+    ('  total_steps: was 128, is 127', '  config.train.max_steps: was 128, is 127'),
   ),
   'workdir that is a file': ('train', [TRAIN[0], '--workdir={data}/summary.json'], ('{data}/summary.json',)),
   'evaluate: no run': (
@@ -170,7 +169,7 @@ MISTAKES = {
   ),
   'prepare: bad images': (
     'prepare_data',
-    ['--source={tmp}/bad.json', '--image_root={tmp}', '--out={tmp}/out'],
+    ['--source={tmp}/bad.json', '--media_root={tmp}', '--out={tmp}/out'],
     (
       'error: E_REFUSED: {tmp}/bad.json: 2 of 2 sample(s) refused, allowed are 0.00% (--max_refused):',
       "  E_IMG_MISSING: {tmp}/bad.json: record 0: sample 'red-0': image 'red.png': ",
@@ -214,7 +213,7 @@ def places(tmp_path_factory) -> dict[str, str]:
   (tmp / 'corrupt.png').write_bytes(picture('red')[:-40])
   (tmp / 'bad.json').write_text(json.dumps([sample('red', 0), {**sample('red', 1), 'image': 'corrupt.png'}]))
   turns = [{'from': 'human', 'value': '<image>\ncolor?'}, {'from': 'gpt', 'value': 'red'}]
-  bad = {'id': 'bad', 'category': '', 'images': [b'no image'], 'conversations': turns}
+  bad = {'id': 'bad', 'category': '', 'media': [b'no image'], 'conversations': turns}
   records.write(tmp / 'corrupt', {'train': [bad] * 8}, description='for tests')
   return dict(data=str(data), run=str(run), tmp=str(tmp))
 
@@ -359,7 +358,7 @@ def test_fields_that_are_named_exist():
   values = Experiment(LlavaMiniConfig.preset('tiny'), DataConfig(), TrainConfig()).to_dict()
   files = [*REPOSITORY.glob('*.md'), *REPOSITORY.glob('docs/*.md'), *REPOSITORY.glob('configs/*.py')]
   named = {path for file in files for path in re.findall(r'--config\.([a-z_.]*[a-z])', file.read_text())}
-  assert {'data.tokenizer'} <= named
+  assert {'train.batch_size'} <= named
   for path in named - {'section.field'}:
     functools.reduce(lambda part, key: part[key], path.split('.'), values)  # KeyError: no such field
 

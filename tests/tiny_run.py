@@ -93,7 +93,7 @@ def make_dataset(base: Path) -> Path:
   for color in COLORS:
     (root / f'{color}.png').write_bytes(picture(color))
   (root / 'train.json').write_text(json.dumps([sample(color, i) for color in COLORS for i in range(len(QUESTIONS))]))
-  prepare([str(root / 'train.json')], root / 'data', image_root=root)
+  prepare([str(root / 'train.json')], root / 'data', media_roots=[root])
   return root / 'data'
 
 

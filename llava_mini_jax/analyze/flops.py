@@ -67,7 +67,7 @@ def _parts(
 ) -> dict[str, np.ndarray]:
   """Forward FLOPs [products with weights, products of attention] of each field of Flops."""
   w, d = config.vision.hidden_size, config.decoder.hidden_size
-  images, patches, c = rows * visuals, config.vision.num_patches * views, config.tokens_per_visual
+  images, patches, c = rows * visuals, config.vision.num_patches * views, config.slots_per_visual(views)
   keys = patches if views == 1 else patches - config.vision.num_patches
   learnt = config.compressor.kind == 'query'
   projected = patches + (c if learnt and config.compressor.space == 'vision' else 0)

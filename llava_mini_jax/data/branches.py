@@ -11,28 +11,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llava_mini_jax.data.conversation import IMAGE_TAG, Encoded, Turn
+from llava_mini_jax.data.conversation import MEDIA_TAG, Encoded, Turn
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.types import IMAGE_TOKEN_ID
 
 
 def one_question_each(turns: Sequence[Turn]) -> list[list[Turn]]:
-  """A conversation -> one for every question in it, each with the `<image>` tag and a leading system turn.
+  """A conversation -> one for every question in it, each with the `<image>` or `<video>` tag and a leading system turn.
 
   A last question without an answer is left out. A conversation with several tags, whose questions are about different
   images, stays whole.
   """
   lead = [turn for turn in turns[:1] if turn['role'] == 'system']
   body = turns[len(lead) :]
-  tags = sum(turn['content'].count(IMAGE_TAG) for turn in body)
-  if tags > 1 or len(body) < 2:
+  tags = [tag for turn in body for tag in MEDIA_TAG.findall(turn['content'])]
+  if len(tags) > 1 or len(body) < 2:
     return [list(turns)]
   pairs = zip(body[0::2], body[1::2], strict=False)
-  return [[*lead, _tagged(question) if tags else question, answer] for question, answer in pairs]
+  return [[*lead, tagged(question, *tags), answer] for question, answer in pairs]
 
 
-def _tagged(question: Turn) -> Turn:
-  return {**question, 'content': f'{IMAGE_TAG}\n{question["content"].replace(IMAGE_TAG, "").strip()}'}
+def tagged(question: Turn, tag: str | None = None) -> Turn:
+  """The question with its tag, if any, replaced by `tag` in front."""
+  if tag is None:
+    return question
+  return {**question, 'content': f'{tag}\n{MEDIA_TAG.sub("", question["content"]).strip()}'}
 
 
 def share_prefix(conversations: Sequence[Encoded], where: str) -> tuple[Encoded, np.ndarray]:
@@ -43,10 +46,12 @@ def share_prefix(conversations: Sequence[Encoded], where: str) -> tuple[Encoded,
   Args:
     conversations: at least one. where: names the sample in errors.
   Returns:
-    The tokens of all, and branch ids int32[n] as `types.Batch.branch_ids`.
+    The tokens of all, and branch ids int32[n] as `types.Batch.branch_ids`; a single conversation is shared as a whole.
   Raises:
     DataError: E_IMAGE_TAGS if an `<image>` stands where they differ: it would need slots of its own in every branch.
   """
+  if len(conversations) == 1:
+    return conversations[0], np.zeros(len(conversations[0].ids), np.int32)
   most = min(len(c.ids) for c in conversations) - 1  # every branch keeps a token
   ids, learn = (np.stack([getattr(c, name)[: most + 1] for c in conversations]) for name in ('ids', 'assistant'))
   differs = (ids != ids[0]).any(axis=0) | learn.any(axis=0)

@@ -1,8 +1,8 @@
 """Conversations -> token ids, and which of them the assistant says.
 
 Enters: turns `[{'role': 'user'|'assistant', 'content': str}, ...]`, optionally
-led by one `system` turn. Leaves: ids with IMAGE_TOKEN_ID at every `<image>`,
-and a mask of the tokens to learn: the assistant's words and its end-of-turn
+led by one `system` turn. Leaves: ids with IMAGE_TOKEN_ID at every `<image>`
+and `<video>`, and a mask of the tokens to learn: the assistant's words and its end-of-turn
 token. One rendering of a Jinja template gives both, because the template marks
 what the assistant says with `{% generation %}`.
 
@@ -12,8 +12,8 @@ has Llama-3's headers with the LLaVA-NeXT system text that the released package
 uses; `chatml` is Qwen's and SmolLM2's; `qa` is bare question and answer. A leading system turn, or `system=`,
 replaces the default system text; an empty one leaves it out.
 
-`<image>` is cut out before tokenizing and the pieces are tokenized apart, as
-the released `tokenizer_image_token` does (golden `tokenizer_image_token.json`).
+A tag is cut out before tokenizing and the pieces are tokenized apart, as the
+released `tokenizer_image_token` does (golden `tokenizer_image_token.json`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 Turn = Mapping[str, str]
 Span = tuple[int, int]
 
-IMAGE_TAG = '<image>'
+IMAGE_TAG, VIDEO_TAG = '<image>', '<video>'
+MEDIA_TAG = re.compile(f'{IMAGE_TAG}|{VIDEO_TAG}')
 TEMPLATES = ('chatml', 'llama_3_1', 'plain', 'qa', 'vicuna_v1')
 
 _MARK = '\ud800'  # a lone surrogate encloses assistant output while rendering: valid text cannot contain one
@@ -54,7 +55,7 @@ _LLAVA_ROLES = {'human': 'user', 'gpt': 'assistant', 'system': 'system'}
 class Encoded:
   """A conversation as the model reads it."""
 
-  ids: np.ndarray  # int32[n]; IMAGE_TOKEN_ID at every `<image>`
+  ids: np.ndarray  # int32[n]; IMAGE_TOKEN_ID at every `<image>` and `<video>`
   assistant: np.ndarray  # bool[n]; True where the assistant speaks, its end-of-turn token included
 
 
@@ -75,6 +76,7 @@ class _Generation(jinja2.ext.Extension):
 _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
   trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, extensions=[_Generation]
 )
+_ENVIRONMENT.filters['media_tags'] = lambda text: ''.join(MEDIA_TAG.findall(text))
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,7 +126,7 @@ def render(
     The text, and the (start, end) character spans of assistant output in it, in order.
   Raises:
     DataError: as `check_turns`, and E_ROLE_ORDER for a generation prompt after an assistant turn.
-    jinja2.TemplateError: the template itself fails, or reaches for what the sandbox forbids.
+    ConfigError: the template itself fails, or reaches for what the sandbox forbids.
   """
   check_turns(turns, where)
   messages = turns
@@ -133,9 +135,12 @@ def render(
     check_turns(messages, where)
   if add_generation_prompt and messages[-1]['role'] != 'user':
     raise DataError('E_ROLE_ORDER', where, 'a generation prompt: expected the last turn to be user; found assistant')
-  marked = template.render(
-    messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token
-  )
+  try:
+    marked = template.render(
+      messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token
+    )
+  except jinja2.TemplateError as error:
+    raise ConfigError(f'template: cannot render {where}: {error}') from error
   pieces = marked.split(_MARK)  # outside, inside, outside, ...
   ends = np.cumsum([len(piece) for piece in pieces]).tolist()
   return ''.join(pieces), list(zip(ends[0:-1:2], ends[1::2], strict=True))
@@ -181,8 +186,8 @@ def encode(
 def tokenize(tokenizer: transformers.PreTrainedTokenizerFast, text: str, spans: Sequence[Span] = ()) -> Encoded:
   """Text -> ids int32[n], and bool[n]: which tokens reach into one of the ordered, disjoint character spans.
 
-  The pieces between `<image>` tags are tokenized apart. One BOS leads if the tokenizer adds one and the text does
-  not spell it already; no EOS is appended, because templates write their own.
+  The pieces between `<image>` and `<video>` tags are tokenized apart. One BOS leads if the tokenizer adds one and the
+  text does not spell it already; no EOS is appended, because templates write their own.
   """
   backend = tokenizer.backend_tokenizer
   if backend.truncation or backend.padding or backend.encode_special_tokens:
@@ -193,15 +198,14 @@ def tokenize(tokenizer: transformers.PreTrainedTokenizerFast, text: str, spans: 
 
   ids: list[int] = []
   offsets: list[Span] = []  # of each token, in the whole text; before it = of no character
-  at = 0
-  for i, piece in enumerate(text.split(IMAGE_TAG)):
+  tags = [match.span() for match in MEDIA_TAG.finditer(text)]
+  for i, (at, stop) in enumerate(zip([0, *(end for _, end in tags)], [*(s for s, _ in tags), len(text)], strict=True)):
     if i:
       ids.append(IMAGE_TOKEN_ID)
       offsets.append((-1, 0))
-    encoding = backend.encode(piece, add_special_tokens=False)
+    encoding = backend.encode(text[at:stop], add_special_tokens=False)
     ids.extend(encoding.ids)
     offsets.extend([(at + start, at + (end or 1)) for start, end in encoding.offsets])
-    at += len(piece) + len(IMAGE_TAG)
 
   bos = tokenizer.bos_token_id
   if backend.encode('').ids[:1] == [bos] and ids[:1] != [bos]:
@@ -215,6 +219,25 @@ def tokenize(tokenizer: transformers.PreTrainedTokenizerFast, text: str, spans: 
   return Encoded(np.asarray(ids, np.int32), inside.any(axis=1))
 
 
+def end_of_turn(tokenizer: transformers.PreTrainedTokenizerFast, template: jinja2.Template) -> int:
+  """The token with which an answer ends, where generation stops.
+
+  Raises:
+    ConfigError: what the template writes after an answer is not one token of this tokenizer.
+  """
+  text, spans = render(
+    template,
+    [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}],
+    bos_token=tokenizer.bos_token or '',
+    eos_token=tokenizer.eos_token or '',
+  )
+  end = text[slice(*spans[-1])].partition('b')[2] if spans else ''
+  ids = tokenizer.backend_tokenizer.encode(end, add_special_tokens=False).ids
+  if len(ids) != 1:
+    raise ConfigError(f'template: expected an end of turn that is one token of the tokenizer; found {end!r}')
+  return ids[0]
+
+
 def turns_from_llava(conversations: Any, where: str) -> list[Turn]:
   """LLaVA's `[{'from': 'human'|'gpt'|'system', 'value': str}, ...]` -> turns. Raises DataError as `check_turns`."""
   _check(conversations, where, 'conversations', 'from', 'value', ('system', 'human', 'gpt'))
@@ -226,7 +249,8 @@ def check_turns(turns: Any, where: str) -> None:
 
   E_EMPTY_TURNS: no turn but the system's. E_ROLE_ORDER: a turn of anyone but the one whose turn it is.
   E_FIELD: not a list, an object or a string where there should be one, or a lone surrogate in the text.
-  E_IMAGE_TAGS: `<image>` in a turn that is not the user's. Turns are counted from 0, a system turn included.
+  E_IMAGE_TAGS: `<image>` or `<video>` in a turn that is not the user's. Turns are counted from 0, a system turn
+  included.
   """
   _check(turns, where, 'turns', 'role', 'content', ('system', 'user', 'assistant'))
 
@@ -251,8 +275,9 @@ def _check(turns: Any, where: str, name: str, speaker: str, text: str, roles: tu
     if surrogate:
       found = f'a lone surrogate at character {surrogate.start()}'
       raise DataError('E_FIELD', where, f'{here}.{text}: expected valid Unicode; found {found}')
-    if role != roles[1] and IMAGE_TAG in content:
-      raise DataError('E_IMAGE_TAGS', where, f'{here}.{text}: expected <image> in {roles[1]} turns only; found one')
+    tag = MEDIA_TAG.search(content)
+    if role != roles[1] and tag:
+      raise DataError('E_IMAGE_TAGS', where, f'{here}.{text}: expected {tag[0]} in {roles[1]} turns only; found one')
   if len(turns) == lead:
     raise DataError('E_EMPTY_TURNS', where, f'{name}: expected at least one {roles[1]} turn; found none')
 

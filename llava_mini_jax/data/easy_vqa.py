@@ -81,7 +81,7 @@ def _conversations(images: Iterator[_Image]) -> Iterator[Record]:
     text = caption(pairs)
     turns = [turn for pair in [*pairs, *([(CAPTION_QUESTION, text)] if text else [])] for turn in _turns(*pair)]
     turns[0]['value'] = f'{IMAGE_TAG}\n{turns[0]["value"]}'
-    yield {'id': str(image), 'category': '', 'images': [data], 'conversations': turns}
+    yield {'id': str(image), 'category': '', 'media': [data], 'conversations': turns}
 
 
 def _questions(images: Iterator[_Image]) -> Iterator[Record]:
@@ -91,7 +91,7 @@ def _questions(images: Iterator[_Image]) -> Iterator[Record]:
       yield {
         'id': f'{image}-{number}',
         'category': category(question, answer),
-        'images': [data],
+        'media': [data],
         'conversations': turns,
       }
 

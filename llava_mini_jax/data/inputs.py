@@ -8,35 +8,59 @@ from pathlib import Path
 import grain
 import transformers
 
-from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
+from llava_mini_jax.data.conversation import end_of_turn, load_template
 from llava_mini_jax.data.images import ImageProcessor
+from llava_mini_jax.data.media import MediaProcessor
+from llava_mini_jax.data.mixture import Epochs, Mixture, Shuffled, parse
+from llava_mini_jax.data.packing import Grouped, Packed, SampleSize, record_sizes
 from llava_mini_jax.data.pipeline import make_iterator
 from llava_mini_jax.data.records import Split, open_split
 from llava_mini_jax.data.rows import RowShape
 from llava_mini_jax.data.tokenizer import load_tokenizer
+from llava_mini_jax.data.video import FrameSampler
 from llava_mini_jax.experiment import DataConfig
+
+Order = Shuffled | Packed | Grouped
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
   config: DataConfig
   model: LlavaMiniConfig
-  source: Split
+  source: Split | Mixture
   tokenizer: transformers.PreTrainedTokenizerFast
-  processor: ImageProcessor
+  processor: MediaProcessor
   row: RowShape
 
+  def order(self, *, batch_size: int, seed: int) -> Order | None:
+    """What each epoch visits; None = every record once, shuffled. Packing and grouping measure every record first."""
+    config = self.config
+    if not (config.pack or config.group_by_length):
+      return Shuffled(self.source, seed) if isinstance(self.source, Mixture) else None
+    measure = SampleSize(self.tokenizer, config.template, self._system, self.model, self.row, self.processor.sampler)
+    sizes = record_sizes(self.source, measure, workers=config.workers)
+    if config.pack:
+      return Packed(self.source, sizes, self.row, seed)
+    # without any visual in a batch, gradients would reach text embeddings that are detached elsewhere
+    text_visuals = min(1, self.row.visuals) if self.model.detach_text else 0
+    return Grouped(self.source, sizes, batch_size, self.row, seed, config.row_lengths, text_visuals)
+
+  def rows(self, order: Order | None, epochs: float) -> int:
+    """Rows that so many epochs have."""
+    return int(epochs * len(self.source)) if order is None else Epochs(order, None).items_in(epochs)
+
   def iterator(
-    self, *, batch_size: int, seed: int, shard_index: int, shard_count: int
+    self, order: Order | None, *, batch_size: int, seed: int, shard_index: int, shard_count: int
   ) -> grain.experimental.ElasticIterator:
-    """Endless shuffled batches; see `pipeline.make_iterator`."""
+    """Endless batches, in an order from `order`; see `pipeline.make_iterator`."""
     config = self.config
     return make_iterator(
       self.source,
       tokenizer=self.tokenizer,
       template=config.template,
-      system=None if config.default_system else '',
+      system=self._system,
       model=self.model,
       row=self.row,
       processor=self.processor,
@@ -48,25 +72,54 @@ class Inputs:
       augment=Augment(flip=config.flip, shift=config.shift) if config.flip or config.shift else None,
       max_turns=config.max_turns or None,
       side_by_side=config.side_by_side,
+      order=order,
     )
 
+  @property
+  def _system(self) -> str | None:
+    return None if self.config.default_system else ''
 
-def tokenizer_directory(config: DataConfig) -> Path:
-  return Path(config.tokenizer or Path(config.dataset) / 'tokenizer')
+
+def tokenizer_directory(config: DataConfig, start: str = '') -> Path:
+  """The one named, else that of the run to start from, else that of the (first) dataset."""
+  if start and not config.tokenizer:
+    return Path(start) / 'tokenizer'
+  return Path(config.tokenizer or Path(config.mixture[0][0] if config.mixture else config.dataset) / 'tokenizer')
 
 
-def load_inputs(config: DataConfig, model: LlavaMiniConfig) -> Inputs:
-  """Raises DataError if the dataset, the split or the tokenizer is missing or damaged."""
+def media_processor(config: DataConfig, model: LlavaMiniConfig) -> MediaProcessor:
+  """Raises ConfigError naming a field that cannot be."""
+  return MediaProcessor(
+    ImageProcessor(model.vision.image_size, config.aspect, config.grid, config.grid_order),
+    FrameSampler(config.video_fps, config.video_frames, config.video_max_frames, config.video_rule),
+    config.frame_resize,
+  )
+
+
+def load_inputs(config: DataConfig, model: LlavaMiniConfig, *, seed: int = 0, start: str = '') -> Inputs:
+  """Opens everything.
+
+  Args:
+    seed: of what a mixture samples. start: the run whose tokenizer serves if the config names none.
+
+  Raises DataError if dataset, split or tokenizer is missing or damaged, ConfigError if they do not fit together."""
+  if config.row_length > model.decoder.max_position_embeddings:
+    limit = f'decoder.max_position_embeddings={model.decoder.max_position_embeddings}'
+    raise ConfigError(f'data.row_length: expected at most {limit}; found {config.row_length}')
+  source = Mixture(parse(config.mixture), seed=seed) if config.mixture else open_split(config.dataset, config.split)
+  tokenizer = load_tokenizer(tokenizer_directory(config, start))
+  end_of_turn(tokenizer, load_template(config.template))
   return Inputs(
     config=config,
     model=model,
-    source=open_split(config.dataset, config.split),
-    tokenizer=load_tokenizer(tokenizer_directory(config)),
-    processor=ImageProcessor(size=model.vision.image_size, aspect=config.aspect),
+    source=source,
+    tokenizer=tokenizer,
+    processor=media_processor(config, model),
     row=RowShape.for_model(
       model,
       length=config.row_length,
       visuals=config.visuals_per_row,
       fused_text=config.fused_text or None,
+      views=ImageProcessor(model.vision.image_size, grid=config.grid).views,
     ),
   )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -21,7 +21,9 @@ from absl import flags
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
 from llava_mini_jax.data.errors import DataError
-from llava_mini_jax.data.images import ImageProcessor
+from llava_mini_jax.data.media import MediaProcessor
+from llava_mini_jax.data.mixture import Epochs, Mixture, Shuffled
+from llava_mini_jax.data.packing import FittedRows, Grouped, Packed, PackedRows
 from llava_mini_jax.data.rows import RowShape
 from llava_mini_jax.data.samples import RowTransform, Source
 from llava_mini_jax.types import Batch
@@ -35,7 +37,7 @@ def make_iterator(
   system: str | None = None,
   model: LlavaMiniConfig,
   row: RowShape,
-  processor: ImageProcessor,
+  processor: MediaProcessor,
   batch_size: int,
   seed: int,
   num_epochs: int | None = None,
@@ -46,6 +48,7 @@ def make_iterator(
   augment: Augment | None = None,
   max_turns: int | None = None,
   side_by_side: bool = False,
+  order: Callable[[int], Sequence] | None = None,
 ) -> grain.experimental.ElasticIterator:
   """This process's share of the batches, as dicts of the fields of `types.Batch`.
 
@@ -65,6 +68,8 @@ def make_iterator(
     max_turns: as `samples.choose_turns`; None = whole conversations.
     side_by_side: a row holds questions of one record, in random order, that do not see each other: as many as fit, at
       most `max_turns` (see `branches`).
+    order: instead of `shuffle`, what each epoch visits: a `packing.Grouped`, whose batches are of like samples, or a
+      `packing.Packed`, whose rows hold several. None = every record once, or what a Mixture draws.
   Returns:
     An iterator whose `get_state()` is `{'global_next_index': rows handed out over all processes}`; `set_state`
     accepts it on any number of workers and processes.
@@ -80,11 +85,15 @@ def make_iterator(
     raise ConfigError(f'max_turns: expected at least 1; found {max_turns}')
   if not len(source):
     raise DataError('E_EMPTY', str(getattr(source, 'directory', 'source')), 'expected at least one record; found none')
+  _check_order(order, batch_size, row, model, max_turns is not None or side_by_side)
+  if order is None and isinstance(source, Mixture):
+    order = Shuffled(source, seed if shuffle else None)
   transform = RowTransform(source, tokenizer, template, system, model, row, processor, augment, max_turns, side_by_side)
-  dataset = grain.MapDataset.range(len(source)).seed(seed)  # of indices: Grain weighs whatever passes through it
-  if shuffle:
-    dataset = dataset.shuffle()
-  dataset = dataset.repeat(num_epochs).random_map(transform)
+  if isinstance(order, Packed):
+    transform = PackedRows(transform, row)
+  elif isinstance(order, Grouped) and order.lengths:
+    transform = FittedRows(transform, row)
+  dataset = _indices(len(source), seed, num_epochs, shuffle, order).random_map(transform)
   whole = len(dataset) // batch_size * batch_size
   if not whole:
     raise DataError('E_EMPTY', 'source', f'expected at least one batch of {batch_size}; found {len(dataset)} record(s)')
@@ -99,10 +108,34 @@ def make_iterator(
   )
 
 
-def _check_sizes(tokenizer, model: LlavaMiniConfig, row: RowShape, processor: ImageProcessor) -> None:
+def _indices(
+  count: int, seed: int, num_epochs: int | None, shuffle: bool, order: Callable[[int], Sequence] | None
+) -> grain.MapDataset:
+  """Of records, or groups of them, and not the records themselves: Grain weighs whatever passes through it."""
+  if order is not None:
+    epochs = Epochs(order, num_epochs)
+    epochs.items_in(1)  # an empty epoch is an error now, not in a worker
+    return grain.MapDataset.source(epochs).seed(seed)
+  dataset = grain.MapDataset.range(count).seed(seed)
+  return (dataset.shuffle() if shuffle else dataset).repeat(num_epochs)
+
+
+def _check_order(order, batch_size: int, row: RowShape, model: LlavaMiniConfig, random_sizes: bool) -> None:
+  if isinstance(order, Grouped) and order.batch_size != batch_size:
+    raise ConfigError(f'order.batch_size: expected {batch_size}; found {order.batch_size}')
+  if isinstance(order, Grouped | Packed) and order.row != row:
+    raise ConfigError(f'order.row: expected {row}; found {order.row}')
+  fitted = isinstance(order, Grouped) and bool(order.lengths)
+  if fitted and model.detach_text and not order.text_visuals:
+    raise ConfigError('order.text_visuals: expected 1 or more, for the model has detach_text; found 0')
+  if random_sizes and (fitted or isinstance(order, Packed)):
+    raise ConfigError('packing, or rows of several lengths: expected no max_turns and no side_by_side; found one')
+
+
+def _check_sizes(tokenizer, model: LlavaMiniConfig, row: RowShape, processor: MediaProcessor) -> None:
   for name, expected, found in (
-    ('processor.size', model.vision.image_size, processor.size),
-    ('row.tokens_per_visual', model.tokens_per_visual, row.tokens_per_visual),
+    ('processor.size', model.vision.image_size, processor.images.size),
+    ('row.tokens_per_visual', model.slots_per_visual(processor.images.views), row.tokens_per_visual),
   ):
     if expected != found:
       raise ConfigError(f"{name}: expected {expected}, the model's; found {found}")

@@ -41,7 +41,7 @@ def prepare(
   out: str | os.PathLike,
   *,
   splits: Sequence[str] = ('train',),
-  image_root: str | os.PathLike | None = None,
+  media_roots: Sequence[str | os.PathLike] = (),
   tokenizer_vocab_size: int = 512,
   max_refused: float = 0.0,
   number_duplicates: bool = False,
@@ -53,7 +53,7 @@ def prepare(
   Args:
     files: LLaVA-style annotation files (`sources.read_llava`); or 'easy_vqa' alone, which brings its own splits.
     splits: the name of the split that each file becomes.
-    image_root: where the image paths are relative to; None = text only.
+    media_roots: where the image and video paths of each file are relative to; one = the same for all, none = text only.
     tokenizer_vocab_size: of the tokenizer to train; 0 = train none.
     max_refused: share of a file's samples that may be refused. With the default any refusal fails the whole, after
       all samples of the file were looked at, so that one run shows everything there is to mend in it.
@@ -64,13 +64,15 @@ def prepare(
     What `summary.json` holds: {'splits': {name: {'records': int, 'refused': int, 'source': str}}, 'refused': [{'code',
     'where', 'reason'}], 'tokenizer': {'size': int, 'sha256': str} or None}.
   Raises:
-    ConfigError: files and splits that do not pair.
+    ConfigError: files, splits and media roots that do not pair.
     DataError: E_REFUSED (more than max_refused; lists the first), E_OUT_EXISTS, E_SPLIT_NAME, E_EMPTY, E_NO_SOURCE,
       E_JSON, E_VOCAB_SIZE.
   """
   reserved = SPECIAL_TOKENS if tokenizer_vocab_size else ()
+  if not 0 <= max_refused <= 1:
+    raise ConfigError(f'max_refused: expected a share from 0 to 1; found {max_refused}')
   with records.staged(out, force=force) as directory:
-    found = _open(files, splits, image_root, reserved, number_duplicates)
+    found = _open(files, splits, media_roots, reserved, number_duplicates)
     iterators = {name: _checked(name, split, max_refused, progress) for name, split in found.items()}
     description = easy_vqa.DESCRIPTION if EASY_VQA in files else f'LLaVA-style samples of {", ".join(files)}'
     counts = records.write_splits(directory, iterators, description=description)
@@ -110,22 +112,27 @@ def describe(summary: dict[str, Any]) -> str:
 def _open(
   files: Sequence[str],
   splits: Sequence[str],
-  image_root: str | os.PathLike | None,
+  media_roots: Sequence[str | os.PathLike],
   reserved: Sequence[str],
   number_duplicates: bool,
 ) -> dict[str, _Split]:
   if EASY_VQA in files:
     if len(files) > 1:
       raise ConfigError(f'source: {EASY_VQA} brings its own splits and cannot be joined with {len(files) - 1} more')
+    if media_roots or tuple(splits) != ('train',):
+      raise ConfigError(f'source: {EASY_VQA} brings its own splits and images; expected no split and no media root')
     return {name: _Split(EASY_VQA, found, Report()) for name, found in easy_vqa.splits().items()}
   if len(files) != len(splits) or len(set(splits)) < len(splits) or not files:
     raise ConfigError(
       f'split: expected a name of its own for each of {len(files)} source(s); found {", ".join(splits)}'
     )
+  roots = list(media_roots) or [None]
+  if len(roots) not in (1, len(files)):
+    raise ConfigError(f'media_root: expected one, or one for each of {len(files)} source(s); found {len(roots)}')
   found = {}
-  for file, name in zip(files, splits, strict=True):
+  for file, name, root in zip(files, splits, roots * (len(files) // len(roots)), strict=True):
     report = Report()
-    samples = read_llava(file, image_root, report, reserved=reserved, number_duplicates=number_duplicates)
+    samples = read_llava(file, root, report, reserved=reserved, number_duplicates=number_duplicates)
     found[name] = _Split(file, samples, report)
   return found
 

@@ -2,8 +2,8 @@
 
 Enters: records, plain dicts
 
-  {'id': str, 'category': str ('' if unknown), 'images': [bytes, ...] (the original encoded files),
-   'conversations': [{'from': str, 'value': str}, ...]}
+  {'id': str, 'category': str ('' if unknown), 'media': [bytes, ...] (the original encoded files, in the order of the
+   `<image>` and `<video>` tags that stand for them), 'conversations': [{'from': str, 'value': str}, ...]}
 
 Leaves: the same records by random access. array_record checksums every chunk,
 so a damaged file raises; it never yields other data.
@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 _NAME = 'llava_mini_jax'
 _SPLIT_NAME = re.compile(r'[A-Za-z0-9_]+')
-_KEYS = ('id', 'category', 'images', 'conversations/from', 'conversations/value')  # of a serialized record
+_KEYS = ('id', 'category', 'media', 'conversations/from', 'conversations/value')  # of a serialized record
 _CHUNK = 256  # records handed to the writer at once: it rewrites its metadata on each call
 
 
@@ -42,7 +42,7 @@ def _features() -> tfds.features.FeaturesDict:
     {
       'id': text(),
       'category': text(),
-      'images': tfds.features.Sequence(text()),  # Text is TFDS's feature for one byte string
+      'media': tfds.features.Sequence(text()),  # Text is TFDS's feature for one byte string
       'conversations': tfds.features.Sequence({'from': text(), 'value': text()}),
     }
   )
@@ -72,10 +72,15 @@ def staged(directory: str | os.PathLike, *, force: bool = False) -> Iterator[Pat
     yield temporary
     if occupied:
       directory.rename(old)
-    temporary.rename(directory)
+    try:
+      temporary.rename(directory)
+    except OSError:
+      if occupied:
+        old.rename(directory)
+      raise
+    shutil.rmtree(old, ignore_errors=True)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write(
@@ -135,7 +140,7 @@ def write_splits(
 def _update(digest, record: Record) -> None:
   """Feeds a record to a hash, each part preceded by its length so that no two records look alike."""
   turns = [part for turn in record['conversations'] for part in (turn['from'], turn['value'])]
-  for group in ([record['id'], record['category']], record['images'], turns):
+  for group in ([record['id'], record['category']], record['media'], turns):
     digest.update(len(group).to_bytes(8, 'little'))
     for part in group:
       part = part.encode() if isinstance(part, str) else part
@@ -179,11 +184,11 @@ class Split:
       raise IndexError(f'record {index} of {len(self)}')
     try:
       feature = tf_example_pb2.Example.FromString(self._source[index]).features.feature
-      name, category, images, roles, values = (list(feature[key].bytes_list.value) for key in _KEYS)
+      name, category, media, roles, values = (list(feature[key].bytes_list.value) for key in _KEYS)
       return {
         'id': name[0].decode(),
         'category': category[0].decode(),
-        'images': images,
+        'media': media,
         'conversations': [
           {'from': role.decode(), 'value': value.decode()} for role, value in zip(roles, values, strict=True)
         ],

@@ -27,9 +27,11 @@ class RowShape:
   tokens_per_visual: int
 
   @classmethod
-  def for_model(cls, config: LlavaMiniConfig, *, length: int, visuals: int = 1, fused_text: int | None = None):
-    """T defaults to L: every text token may be an instruction."""
-    return cls(length, visuals, fused_text or length, config.tokens_per_visual)
+  def for_model(
+    cls, config: LlavaMiniConfig, *, length: int, visuals: int = 1, fused_text: int | None = None, views: int = 1
+  ) -> RowShape:
+    """T defaults to L: every text token may be an instruction. views: of each visual."""
+    return cls(length, visuals, fused_text or length, config.slots_per_visual(views))
 
 
 def build_row(

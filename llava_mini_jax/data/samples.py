@@ -7,19 +7,19 @@ All that is random comes from the generator handed in; the rest is pure, so a pr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import transformers
-from PIL import Image
 
 from llava_mini_jax.config import IMAGE_MEAN, LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
-from llava_mini_jax.data.branches import one_question_each, share_prefix
+from llava_mini_jax.data.branches import one_question_each, share_prefix, tagged
 from llava_mini_jax.data.conversation import (
-  IMAGE_TAG,
+  MEDIA_TAG,
   Encoded,
   Turn,
   check_targets,
@@ -27,7 +27,8 @@ from llava_mini_jax.data.conversation import (
   load_template,
   turns_from_llava,
 )
-from llava_mini_jax.data.images import ImageProcessor, load_image
+from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.records import Record
 from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.types import IMAGE_TOKEN_ID
@@ -51,7 +52,7 @@ class _Sample:
 
   where: str
   turns: list[Turn]
-  images: list[np.ndarray]  # uint8[h w 3] each if they are to be augmented, else their views uint8[V H W 3]
+  media: list[list[np.ndarray]]  # visuals of each tag: uint8[h w 3] if they are to be augmented, else uint8[V H W 3]
   alone: list[Encoded]  # each question by itself, if they are to be laid side by side
 
 
@@ -68,7 +69,7 @@ class RowTransform:
   system: str | None
   model: LlavaMiniConfig
   row: RowShape
-  processor: ImageProcessor
+  processor: MediaProcessor
   augment: Augment | None = None
   max_turns: int | None = None
   side_by_side: bool = False
@@ -88,23 +89,35 @@ class RowTransform:
     """
     sample = self._kept.get(index) or self._keep(index)
     encoded, branch = self._beside(sample, rng) if self.side_by_side else (self._in_turn(sample, rng), None)
-    untagged = int(not sample.images and self.model.text_only == 'zero_image')
+    fields = self._lay_out(encoded, branch, sample.media, sample.where)
+    size = self.processor.images.size
+    pixels = np.zeros((self.row.visuals, self.processor.images.views, size, size, 3), np.uint8)
+    for i, visual in enumerate(itertools.chain.from_iterable(self._views(visuals, rng) for visuals in sample.media)):
+      pixels[i] = visual
+    if not sample.media:
+      pixels[: self._untagged(sample.media)] = _MEAN_COLOR
+    return {**fields, 'pixels': pixels}
+
+  def _lay_out(
+    self, encoded: Encoded, branch: np.ndarray | None, media: list[list[np.ndarray]], where: str
+  ) -> dict[str, np.ndarray]:
     fields = build_row(
       encoded.ids,
       encoded.assistant,
       self.row,
-      where=sample.where,
-      visuals_per_tag=[1] * len(sample.images),
-      untagged=untagged,
+      where=where,
+      visuals_per_tag=[len(visuals) for visuals in media],
+      untagged=self._untagged(media),
       fuse_token_zero=self.model.prefusion.fuse_token_zero,
       branch=branch,
     )
-    size = self.processor.size
-    pixels = np.zeros((self.row.visuals, self.processor.views, size, size, 3), np.uint8)
-    for i, image in enumerate(sample.images):
-      pixels[i] = image if self.augment is None else self._augmented(image, rng)
-    pixels[:untagged] = _MEAN_COLOR
-    return {**fields, 'pixels': pixels}
+    if not fields['loss_mask'].any():  # an assistant that says nothing but the first token, which nothing predicts
+      raise DataError('E_NO_TARGET', where, 'expected a token to learn that another precedes; found none')
+    return fields
+
+  def _untagged(self, media: list[list[np.ndarray]]) -> int:
+    """Visuals without slots that text alone is fused with."""
+    return int(not media and self.model.text_only == 'zero_image')
 
   def _in_turn(self, sample: _Sample, rng: np.random.Generator) -> Encoded:
     turns = sample.turns
@@ -113,28 +126,37 @@ class RowTransform:
     return self._encode(turns, sample.where)
 
   def _beside(self, sample: _Sample, rng: np.random.Generator) -> tuple[Encoded, np.ndarray]:
-    """Questions in random order, as many as `max_turns` and the row hold; the first must fit."""
+    """Questions in random order, at most `max_turns`; one that finds no room any more waits for another epoch."""
     order = rng.permutation(len(sample.alone))[: self.max_turns]
     encoded, branch = share_prefix([sample.alone[i] for i in order], sample.where)
-    slots = self.row.tokens_per_visual - 1
-    length = np.cumsum(np.where(encoded.ids == IMAGE_TOKEN_ID, 1 + slots, 1))
-    fused = np.cumsum(~encoded.assistant & (encoded.ids != IMAGE_TOKEN_ID))
-    fits = (length <= self.row.length) & (fused <= self.row.fused_text)
-    last = branch[-1] if fits.all() else max(1, branch[np.argmin(fits)] - 1)
-    kept = branch <= last
-    return Encoded(encoded.ids[kept], encoded.assistant[kept]), branch[kept]
+    is_tag = encoded.ids == IMAGE_TOKEN_ID
+    tokens = np.bincount(branch, ~is_tag)
+    tokens[0] += self.row.tokens_per_visual * sum(map(len, sample.media))
+    fused = np.bincount(branch, ~is_tag & ~encoded.assistant)
+    kept, used = [0], np.array([tokens[0], fused[0]])
+    for number in range(1, len(tokens)):
+      needed = used + (tokens[number], fused[number])
+      if len(kept) == 1 or (needed <= (self.row.length, self.row.fused_text)).all():
+        kept.append(number)
+        used = needed
+    chosen = np.isin(branch, kept)
+    return Encoded(encoded.ids[chosen], encoded.assistant[chosen]), np.searchsorted(kept, branch[chosen])
 
   def _encode(self, turns: list[Turn], where: str) -> Encoded:
     encoded = encode(self.tokenizer, load_template(self.template), turns, system=self.system, where=where)
     check_targets(encoded, where)
     return encoded
 
-  def _augmented(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # uint8[V H W 3]
-    return self.processor(Image.fromarray(self.augment(image, rng)))
+  def _views(self, visuals: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """uint8[V H W 3] each; the frames of a video are augmented alike."""
+    if self.augment is None:
+      return visuals
+    seed = rng.integers(2**63)
+    return [self.processor.views(self.augment(visual, np.random.default_rng(seed))) for visual in visuals]
 
   def _keep(self, index: int) -> _Sample:
     sample = self._read(index)
-    size = sum(image.nbytes for image in sample.images)
+    size = sum(visual.nbytes for visuals in sample.media for visual in visuals)
     size += sum(_TURN_BYTES + len(turn['content']) for turn in sample.turns)
     size += sum(_TURN_BYTES + one.ids.nbytes + one.assistant.nbytes for one in sample.alone)
     if size <= self._room:
@@ -145,11 +167,23 @@ class RowTransform:
   def _read(self, index: int) -> _Sample:
     record = self.source[index]
     where = f'sample {record["id"]!r}'
-    images = [load_image(data, f'{where}: image {i}') for i, data in enumerate(record['images'])]
-    convert = np.asarray if self.augment else self.processor
     turns = turns_from_llava(record['conversations'], where)
+    tags = [tag for turn in turns for tag in MEDIA_TAG.findall(turn['content'])]
+    if len(tags) != len(record['media']):
+      expected = f'expected {len(record["media"])} <image> or <video> tag(s) for its media; found {len(tags)}'
+      raise DataError('E_IMAGE_TAGS', where, expected)
+    media = [
+      self.processor.read(data, tag, f'{where}: {tag.strip("<>")} {i}')
+      for i, (tag, data) in enumerate(zip(tags, record['media'], strict=True))
+    ]
+    if self.augment is None:
+      media = [[self.processor.views(visual) for visual in visuals] for visuals in media]
     alone = [self._encode(one, where) for one in one_question_each(turns)] if self.side_by_side else []
-    return _Sample(where, turns, [convert(image) for image in images], alone)
+    for (
+      one
+    ) in alone:  # else a question too long would be refused in the epochs that begin with it, and left out in others
+      self._lay_out(one, None, media, where)
+    return _Sample(where, turns, media, alone)
 
 
 def choose_turns(turns: Sequence[Turn], rng: np.random.Generator, most: int) -> list[Turn]:
@@ -165,14 +199,14 @@ def choose_turns(turns: Sequence[Turn], rng: np.random.Generator, most: int) -> 
   lead = [turn for turn in turns[:1] if turn['role'] == 'system']
   body = turns[len(lead) :]
   pairs = list(zip(body[0::2], body[1::2], strict=False))  # a last question without an answer is left out
-  tags = sum(turn['content'].count(IMAGE_TAG) for turn in body)
-  if not pairs or tags > 1:
+  tags = [tag for turn in body for tag in MEDIA_TAG.findall(turn['content'])]
+  if not pairs or len(tags) > 1:
     return list(turns)
   most = min(most, len(pairs))
   count = int(rng.integers(1, most + 1))
   chosen = [dict(turn) for i in rng.permutation(len(pairs))[:count] for turn in pairs[i]]
   if tags:
     for question in chosen[0::2]:
-      question['content'] = question['content'].replace(IMAGE_TAG, '').strip()
-    chosen[0]['content'] = f'{IMAGE_TAG}\n{chosen[0]["content"]}'
+      question['content'] = MEDIA_TAG.sub('', question['content']).strip()
+    chosen[0] = tagged(chosen[0], *tags)
   return lead + chosen

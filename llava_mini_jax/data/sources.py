@@ -1,8 +1,11 @@
 """LLaVA-style annotation files -> records, with every refusal on a list and nothing substituted.
 
 Enters: JSON (a list) or JSONL (one object a line) of
-`{"id", "image"? (path or list of paths), "category"?, "conversations": [{"from", "value"}, ...]}` and the directory
-that the image paths are relative to. Leaves: `records.Record` dicts, and a `Report`.
+`{"id", "image"?, "video"? (each a path or a list of paths), "category"?, "conversations": [{"from", "value"}, ...]}`
+and the directory that the paths are relative to. Leaves: `records.Record` dicts, and a `Report`.
+
+The n-th `<image>` stands for the n-th image, the n-th `<video>` for the n-th video. A sample with videos and no images
+may write `<image>` for them, as LLaVA's own video data do.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mini_jax.data.conversation import IMAGE_TAG, turns_from_llava
+from llava_mini_jax.data.conversation import IMAGE_TAG, MEDIA_TAG, VIDEO_TAG, turns_from_llava
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.images import load_image
 from llava_mini_jax.data.records import Record
+from llava_mini_jax.data.video import check_video
 
 
 @dataclasses.dataclass
@@ -53,7 +57,7 @@ def resolve_inside(root: str | os.PathLike, path: Any) -> Path:
   if not path or '\0' in path or '://' in path:
     raise DataError('E_PATH', where, 'expected a relative path; found an empty one, a NUL or a URL')
   if os.path.isabs(path) or '..' in Path(path).parts:
-    raise DataError('E_PATH', where, "expected a path relative to the image root, without '..'")
+    raise DataError('E_PATH', where, "expected a path relative to the media root, without '..'")
   base = os.path.realpath(root)
   try:
     real = os.path.realpath(os.path.join(base, path))
@@ -63,7 +67,7 @@ def resolve_inside(root: str | os.PathLike, path: Any) -> Path:
   except (OSError, UnicodeError) as error:  # a loop of links, a name too long, no permission; a lone surrogate
     raise DataError('E_PATH', where, f'cannot be resolved ({error})') from None
   if os.path.commonpath([base, real]) != base:
-    raise DataError('E_PATH', where, f'leads out of the image root {base} through a symbolic link')
+    raise DataError('E_PATH', where, f'leads out of the media root {base} through a symbolic link')
   if not stat.S_ISREG(mode):
     raise DataError('E_PATH', where, 'expected a regular file')
   return Path(real)
@@ -130,17 +134,17 @@ def _kind(value: Any) -> str:
 
 def read_llava(
   file: str | os.PathLike,
-  image_root: str | os.PathLike | None,
+  media_root: str | os.PathLike | None,
   report: Report,
   *,
   reserved: Sequence[str] = (),
   number_duplicates: bool = False,
 ) -> Iterator[Record]:
-  """Yields the good samples of a file in order, their images read, decoded once and kept as they are.
+  """Yields the good samples of a file in order, their images and videos read, decoded once and kept as they are.
 
   Args:
     file: `.jsonl` for one object a line; anything else is one JSON list.
-    image_root: where image paths are relative to; None = text only.
+    media_root: where image and video paths are relative to; None = text only.
     report: filled while iterating. A refused sample is listed there and left out; nothing takes its place.
     reserved: special tokens; a sample whose text spells one is refused.
     number_duplicates: keep a sample whose id occurred before, as `id#2`, `id#3`, ... (LLaVA's own mixtures repeat
@@ -151,7 +155,7 @@ def read_llava(
   seen: dict[str, str] = {}
   for place, value in _entries(Path(file), report):
     try:
-      record = _record(value, image_root, reserved, place)
+      record = _record(value, media_root, reserved, place)
       name = record['id']
       if name in seen:
         if not number_duplicates:
@@ -165,7 +169,7 @@ def read_llava(
     yield record
 
 
-def _record(value: Any, image_root: str | os.PathLike | None, reserved: Sequence[str], place: str) -> Record:
+def _record(value: Any, media_root: str | os.PathLike | None, reserved: Sequence[str], place: str) -> Record:
   if not isinstance(value, dict):
     code = 'E_JSON' if isinstance(value, _NotAnObject) else 'E_FIELD'
     raise DataError(code, place, f'expected an object; found {_kind(value)}')
@@ -178,17 +182,24 @@ def _record(value: Any, image_root: str | os.PathLike | None, reserved: Sequence
   category = value.get('category', '')
   if not isinstance(category, str):
     raise DataError('E_FIELD', f'{where}: category', f'expected a string; found {_kind(category)}')
-  if 'video' in value:
-    raise DataError('E_FIELD', f'{where}: video', 'this source reads images and text only')
   conversations = _conversations(value, where)
-  paths = value.get('image')
-  paths = [] if paths is None else paths if isinstance(paths, list) else [paths]
-  found = sum(turn['value'].count(IMAGE_TAG) for turn in conversations)
-  if found != len(paths):
-    raise DataError('E_IMAGE_TAGS', where, f'found {found} {IMAGE_TAG} tag(s), expected {len(paths)} for its image(s)')
+  paths = {tag: _paths(value, field) for tag, field in ((IMAGE_TAG, 'image'), (VIDEO_TAG, 'video'))}
+  if paths[VIDEO_TAG] and not paths[IMAGE_TAG]:
+    conversations = [{**turn, 'value': turn['value'].replace(IMAGE_TAG, VIDEO_TAG)} for turn in conversations]
+  tags = [tag for turn in conversations for tag in MEDIA_TAG.findall(turn['value'])]
+  for tag, kind in ((IMAGE_TAG, 'image'), (VIDEO_TAG, 'video')):
+    if tags.count(tag) != len(paths[tag]):
+      expected = f'expected {len(paths[tag])} for its {kind}(s)'
+      raise DataError('E_IMAGE_TAGS', where, f'found {tags.count(tag)} {tag} tag(s), {expected}')
   _check_text([identity, category, *(turn['value'] for turn in conversations)], reserved, where)
-  images = [_image(image_root, path, where) for path in paths]
-  return {'id': identity, 'category': category, 'images': images, 'conversations': conversations}
+  rest = {tag: iter(found) for tag, found in paths.items()}
+  media = [_medium(tag, media_root, next(rest[tag]), where) for tag in tags]
+  return {'id': identity, 'category': category, 'media': media, 'conversations': conversations}
+
+
+def _paths(value: dict[str, Any], field: str) -> list[Any]:
+  paths = value.get(field)
+  return [] if paths is None else paths if isinstance(paths, list) else [paths]
 
 
 def _conversations(value: dict[str, Any], where: str) -> list[dict[str, str]]:
@@ -216,14 +227,16 @@ def _check_text(texts: list[str], reserved: Sequence[str], where: str) -> None:
         raise DataError('E_SPECIAL_TOKEN', where, f'expected no special token in the text; found {token!r}')
 
 
-def _image(image_root: str | os.PathLike | None, path: Any, where: str) -> bytes:
-  if image_root is None:
-    raise DataError('E_IMG_MISSING', where, f'names the image {path!r}, and no image root was given')
+def _medium(tag: str, media_root: str | os.PathLike | None, path: Any, where: str) -> bytes:
+  """The bytes of an image or a video, decoded once to see that they can be."""
+  kind, code, check = ('image', 'IMG', load_image) if tag == IMAGE_TAG else ('video', 'VIDEO', check_video)
+  if media_root is None:
+    raise DataError(f'E_{code}_MISSING', where, f'names the {kind} {path!r}, and no media root was given')
   try:
-    data = resolve_inside(image_root, path).read_bytes()
+    data = resolve_inside(media_root, path).read_bytes()
   except DataError as error:
-    raise DataError(error.code, f'{where}: image {error.where}', error.message) from None
+    raise DataError(error.code.replace('IMG', code), f'{where}: {kind} {error.where}', error.message) from None
   except OSError as error:
-    raise DataError('E_IMG_MISSING', f'{where}: image {path!r}', f'cannot be read ({error.strerror})') from None
-  load_image(data, f'{where}: image {path!r}')
+    raise DataError(f'E_{code}_MISSING', f'{where}: {kind} {path!r}', f'cannot be read ({error.strerror})') from None
+  check(data, f'{where}: {kind} {path!r}')
   return data

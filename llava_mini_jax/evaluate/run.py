@@ -1,14 +1,15 @@
 """Asks every question of a split and scores the answers.
 
 `images` shows whether the model looks: `real`; `blank` replaces every image by
-the mean colour; `swapped` gives every question the image of another record half
-the split away.
+the mean colour; `swapped` gives every question the images of another record, of
+the first from half the split away that has as many, and other ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 import tqdm
 
 from llava_mini_jax.config import require_choice
-from llava_mini_jax.data.conversation import IMAGE_TAG, turns_from_llava
+from llava_mini_jax.data.conversation import MEDIA_TAG, turns_from_llava
 from llava_mini_jax.data.errors import DataError
-from llava_mini_jax.data.images import PAD_COLOR, load_image
-from llava_mini_jax.data.records import Split, open_split
+from llava_mini_jax.data.images import PAD_COLOR
+from llava_mini_jax.data.media import MediaProcessor
+from llava_mini_jax.data.records import Record, Split, open_split
 from llava_mini_jax.evaluate.contact_sheet import contact_sheet
 from llava_mini_jax.evaluate.exact_match import accuracy, is_match
 from llava_mini_jax.infer.answer import Answerer
@@ -36,7 +38,7 @@ class Question:
 
   @property
   def text(self) -> str:
-    return self.prompt.turns[-1]['content'].replace(IMAGE_TAG, '').strip()
+    return MEDIA_TAG.sub('', self.prompt.turns[-1]['content']).strip()
 
 
 def evaluate(
@@ -52,6 +54,8 @@ def evaluate(
 ) -> dict[str, Any]:
   """Writes `answers_{images}.json` (summary and every answer) and `contact_sheet_{images}.png` under `out`.
 
+  With a `limit` their names end with `_first_{limit}`.
+
   Args:
     images: one of IMAGES. limit: ask only the first so many; 0 = all. sheet: images on the contact sheet.
   Returns:
@@ -62,51 +66,59 @@ def evaluate(
   require_choice('images', images, IMAGES)
   records = open_split(dataset, split)
   count = min(limit or len(records), len(records))
-  questions = [_question(records, index, count, images) for index in range(count)]
-  prompts = [question.prompt for question in questions]
-  rows = []
-  bar = tqdm.tqdm(
-    answerer.answers(prompts, batch_size=batch_size), total=count, unit='question', desc=f'{images} images'
-  )
-  for question, answer in zip(questions, bar, strict=True):
-    rows.append(
-      dict(
-        id=question.prompt.name,
-        category=question.category,
-        question=question.text,
-        answer=answer,
-        truth=question.truth,
-        correct=is_match(answer, question.truth),
+  chosen = {int(i) for i in np.linspace(0, count - 1, min(sheet, count))}  # a split sorted by image shows many
+  rows, pictures = [], {}
+
+  def asked() -> Iterator[Prompt]:
+    for index in range(count):
+      question = _question(records, index, images, answerer.encoder.media)
+      if index in chosen and question.prompt.media:
+        pictures[index] = question.prompt.media[0][0]
+      rows.append(
+        dict(id=question.prompt.name, category=question.category, question=question.text, truth=question.truth)
       )
-    )
+      yield question.prompt
+
+  bar = tqdm.tqdm(
+    answerer.answers(asked(), batch_size=batch_size), total=count, unit='question', desc=f'{images} images'
+  )
+  for index, answer in enumerate(bar):
+    rows[index] |= dict(answer=answer, correct=is_match(answer, rows[index]['truth']))
   summary = dict(images=images, split=split, step=answerer.run.step, **accuracy(rows))
   out.mkdir(parents=True, exist_ok=True)
-  (out / f'answers_{images}.json').write_text(json.dumps(dict(summary=summary, answers=rows), indent=1) + '\n')
-  _draw(questions, rows, summary, out / f'contact_sheet_{images}.png', sheet)
+  name = images if count == len(records) else f'{images}_first_{count}'
+  (out / f'answers_{name}.json').write_text(json.dumps(dict(summary=summary, answers=rows), indent=1) + '\n')
+  if pictures:
+    title = f'{summary["accuracy"]:.1%} exact match on {count:,} questions, {images} images'
+    contact_sheet(list(pictures.values()), [rows[i] for i in pictures], out / f'contact_sheet_{name}.png', title=title)
   return summary
 
 
-def _question(records: Split, index: int, count: int, images: str) -> Question:
+def _question(records: Split, index: int, images: str, media: MediaProcessor) -> Question:
   """The last question of a record, after the turns before it."""
   record = records[index]
   turns = turns_from_llava(record['conversations'], record['id'])
   if turns[-1]['role'] != 'assistant':
     raise DataError('E_NO_TARGET', f'sample {record["id"]!r}', 'expected an answer to compare with; found none')
-  shown = records[(index + count // 2) % count] if images == 'swapped' else record
-  pictures = [np.asarray(load_image(data, f'sample {shown["id"]!r}')) for data in shown['images']]
+  shown = _partner(records, index) if images == 'swapped' else record
+  tags = [tag for turn in shown['conversations'] for tag in MEDIA_TAG.findall(turn['value'])]
+  where = f'sample {shown["id"]!r}'
+  visuals = [media.read(data, tag, where) for tag, data in zip(tags, shown['media'], strict=True)]
   if images == 'blank':
-    pictures = [np.broadcast_to(np.array(PAD_COLOR, np.uint8), picture.shape) for picture in pictures]
-  return Question(Prompt(turns[:-1], pictures, record['id']), turns[-1]['content'], record['category'])
+    visuals = [[np.broadcast_to(np.array(PAD_COLOR, np.uint8), v.shape) for v in some] for some in visuals]
+  return Question(Prompt(turns[:-1], visuals, record['id']), turns[-1]['content'], record['category'])
 
 
-def _draw(questions: list[Question], rows: list[dict], summary: dict, out: Path, sheet: int) -> None:
-  """Evenly spaced samples, so that a split sorted by image shows many images."""
-  with_image = [i for i, question in enumerate(questions) if question.prompt.images]
-  chosen = [with_image[i] for i in np.linspace(0, len(with_image) - 1, min(sheet, len(with_image))).astype(int)]
-  if not chosen:
-    return
-  title = f'{summary["accuracy"]:.1%} exact match on {summary["count"]:,} questions, {summary["images"]} images'
-  contact_sheet([questions[i].prompt.images[0] for i in chosen], [rows[i] for i in chosen], out, title=title)
+def _partner(records: Split, index: int) -> Record:
+  """The record whose images stand for its own. Raises DataError E_NO_SWAP if there is none."""
+  own, count = records[index], len(records)
+  for step in range(count) if own['media'] else ():
+    other = records[(index + count // 2 + step) % count]
+    if len(other['media']) == len(own['media']) and other['media'] != own['media']:
+      return other
+  if not own['media']:
+    return own
+  raise DataError('E_NO_SWAP', f'sample {own["id"]!r}', 'expected a record with as many images, and other ones')
 
 
 def describe(summary: dict[str, Any]) -> str:

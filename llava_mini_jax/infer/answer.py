@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_mini_jax.data.conversation import end_of_turn, load_template
 from llava_mini_jax.infer.generate import decode_step, generate, prefill
 from llava_mini_jax.infer.load import Loaded
 from llava_mini_jax.infer.prompts import Prompt, PromptEncoder
 from llava_mini_jax.sharding import batch_sharding, check_batch, use_mesh
 from llava_mini_jax.train.tree import merge
+from llava_mini_jax.types import Batch
 
 
 class Answerer:
-  """Asks a loaded model. Greedy; an answer ends at the tokenizer's EOS or after `max_new_tokens`."""
+  """Asks a loaded model. Greedy; an answer ends with the template's end of turn or after `max_new_tokens`."""
 
   def __init__(self, run: Loaded, *, max_new_tokens: int = 32):
     self.run, self.max_new_tokens = run, max_new_tokens
     self.encoder = PromptEncoder(run.experiment, run.tokenizer)
-    graphdef, eos_id = run.graphdef, run.tokenizer.eos_token_id
+    graphdef = run.graphdef
+    self._end = eos_id = end_of_turn(run.tokenizer, load_template(run.experiment.data.template))
     self._generate = jax.jit(
       lambda params, batch: generate(merge(graphdef, params), batch, max_new_tokens=max_new_tokens, eos_id=eos_id)
     )
@@ -32,42 +36,38 @@ class Answerer:
       lambda params, token, cache: decode_step(merge(graphdef, params), token, cache), donate_argnums=2
     )
 
-  def answers(self, prompts: Sequence[Prompt], *, batch_size: int, length: int | None = None) -> Iterator[str]:
-    """One answer per prompt, in order; the next batch is prepared while the devices work on one.
+  def answers(self, prompts: Iterable[Prompt], *, batch_size: int) -> Iterator[str]:
+    """One answer per prompt, in order; the next batch is read and prepared while the devices work on one.
+
+    Lengths and numbers of visuals are rounded up, so a few programs serve all batches.
 
     Args:
       batch_size: rows per device batch; a last, shorter batch is padded.
-      length: padded prompt length; None = what the longest prompt needs.
     Raises:
       MeshError: batch_size does not divide over the mesh. DataError: a bad prompt, by name.
     """
     check_batch(batch_size, self.run.mesh)
-    encoded = [self.encoder.encode(prompt) for prompt in prompts]
-    length = length or self.encoder.row_length(encoded)
-    waiting: tuple[jax.Array, int] | None = None
-    for start in range(0, len(prompts), batch_size):
-      part = slice(start, start + batch_size)
-      batch = self.encoder.batch(prompts[part], encoded[part], length=length, rows=batch_size)
+    prompts, waiting = iter(prompts), None
+    while part := list(itertools.islice(prompts, batch_size)):
+      batch = self._batch(part, rows=batch_size)
       with use_mesh(self.run.mesh):
         ids = self._generate(self.run.params, jax.device_put(batch, batch_sharding(self.run.mesh)))
       if waiting:
         yield from self._texts(*waiting)
-      waiting = ids, len(prompts[part])
+      waiting = ids, len(part)
     if waiting:
       yield from self._texts(*waiting)
 
   def stream(self, prompt: Prompt) -> Iterator[str]:
     """The answer in pieces of text, as they are decoded. Raises DataError for a bad prompt."""
-    encoded = self.encoder.encode(prompt)
-    length = self.encoder.row_length([encoded])
-    batch = self.encoder.batch([prompt], [encoded], length=length, rows=1)
+    batch = self._batch([prompt], rows=1)
     shown, ids = '', []
     with use_mesh(self.run.mesh):
-      logits, cache = self._prefill(self.run.params, batch, length + self.max_new_tokens)
+      logits, cache = self._prefill(self.run.params, batch, batch.tokens.shape[1] + self.max_new_tokens)
     for _ in range(self.max_new_tokens):
       token = jnp.argmax(logits, -1).astype(jnp.int32)
       ids.append(int(token[0]))
-      if ids[-1] == self.run.tokenizer.eos_token_id:
+      if ids[-1] == self._end:
         break
       text = self._decode_text(ids)
       if not text.endswith('\ufffd'):  # the rest of a character is still to come
@@ -76,6 +76,11 @@ class Answerer:
       with use_mesh(self.run.mesh):
         logits, cache = self._decode(self.run.params, token, cache)
     yield self._decode_text(ids)[len(shown) :]
+
+  def _batch(self, prompts: Sequence[Prompt], *, rows: int) -> Batch:
+    encoded = [self.encoder.encode(prompt) for prompt in prompts]
+    length, visuals = self.encoder.row_length(prompts, encoded), self.encoder.visuals(prompts)
+    return self.encoder.batch(prompts, encoded, length=length, visuals=visuals, rows=rows)
 
   def _texts(self, ids: jax.Array, count: int) -> list[str]:
     return [self._decode_text(row[row >= 0]) for row in np.asarray(ids)[:count]]

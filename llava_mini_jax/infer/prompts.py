@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,8 @@ import transformers
 from PIL import Image
 
 from llava_mini_jax.data.conversation import Encoded, Turn, encode, load_template
-from llava_mini_jax.data.images import ImageProcessor
+from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.inputs import media_processor
 from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.types import IMAGE_TOKEN_ID, Batch
@@ -23,22 +25,29 @@ class Prompt:
   """A conversation that ends with a question."""
 
   turns: Sequence[Turn]
-  images: Sequence[np.ndarray | Image.Image] = ()  # RGB, uint8[h w 3]; one per `<image>`
+  # for each `<image>` and `<video>` what stands for it: one image or a video's frames, RGB, uint8[h w 3]
+  media: Sequence[Sequence[np.ndarray | Image.Image]] = ()
   name: str = 'prompt'  # names it in errors
 
 
 class PromptEncoder:
-  """Encodes prompts as the experiment's training data were encoded."""
+  """Encodes prompts as the experiment's training data were encoded.
+
+  Attributes:
+    media: reads files as the experiment does, for `Prompt.media`.
+  """
 
   def __init__(self, experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerFast):
     self._model, self._tokenizer = experiment.model, tokenizer
     self._template = load_template(experiment.data.template)
     self._system = None if experiment.data.default_system else ''
-    self._processor = ImageProcessor(size=experiment.model.vision.image_size, aspect=experiment.data.aspect)
+    self.media = media_processor(experiment.data, experiment.model)
 
   def encode(self, prompt: Prompt) -> Encoded:
-    """Raises DataError naming the prompt."""
-    return encode(
+    """Ids and mask. Raises DataError naming the prompt: as `conversation.encode`; E_EMPTY_TURNS if the template drops
+    all of it; E_TOO_LONG for more tokens than the decoder has positions.
+    """
+    encoded = encode(
       self._tokenizer,
       self._template,
       list(prompt.turns),
@@ -46,21 +55,38 @@ class PromptEncoder:
       add_generation_prompt=True,
       where=prompt.name,
     )
+    if not len(encoded.ids):
+      raise DataError('E_EMPTY_TURNS', prompt.name, 'expected text or an image that the template keeps; found none')
+    tokens, most = self._tokens(prompt, encoded), self._model.decoder.max_position_embeddings
+    if tokens > most:
+      raise DataError('E_TOO_LONG', prompt.name, f'expected at most {most} tokens with vision slots; found {tokens}')
+    return encoded
 
-  def row_length(self, encoded: Sequence[Encoded]) -> int:
+  def row_length(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> int:
     """The padded length that holds all of these with their vision tokens."""
-    c = self._model.tokens_per_visual
-    longest = max(len(e.ids) + (c - 1) * int((e.ids == IMAGE_TOKEN_ID).sum()) for e in encoded)
+    longest = max(map(self._tokens, prompts, encoded))
     return -(-longest // _LENGTH_STEP) * _LENGTH_STEP
 
-  def batch(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded], *, length: int, rows: int) -> Batch:
+  def _tokens(self, prompt: Prompt, encoded: Encoded) -> int:
+    slots = self._model.slots_per_visual(self.media.images.views) * sum(map(len, prompt.media))
+    return slots + int((encoded.ids != IMAGE_TOKEN_ID).sum())
+
+  def visuals(self, prompts: Sequence[Prompt]) -> int:
+    """Places for images and frames that hold any of these; a power of two, so that few counts are compiled."""
+    most = max(sum(map(len, prompt.media)) for prompt in prompts)
+    return 1 << max(0, most - 1).bit_length()
+
+  def batch(
+    self, prompts: Sequence[Prompt], encoded: Sequence[Encoded], *, length: int, visuals: int, rows: int
+  ) -> Batch:
     """One prompt per row, padded to `rows` rows by repeating the last.
+
+    length, visuals: of a row; from `row_length` and `visuals`, or more.
 
     Raises:
       DataError: E_IMAGE_TAGS, E_TOO_LONG, naming the prompt.
     """
-    visuals = max(1, *(len(prompt.images) for prompt in prompts))
-    shape = RowShape.for_model(self._model, length=length, visuals=visuals)
+    shape = RowShape.for_model(self._model, length=length, visuals=visuals, views=self.media.images.views)
     built = [self._row(p, e, shape) for p, e in zip(prompts, encoded, strict=True)]
     built += [built[-1]] * (rows - len(built))
     return Batch(**{key: np.stack([row[key] for row in built]) for key in built[0]})
@@ -72,12 +98,12 @@ class PromptEncoder:
       nothing_learnt,
       shape,
       where=prompt.name,
-      visuals_per_tag=[1] * len(prompt.images),
+      visuals_per_tag=[len(visuals) for visuals in prompt.media],
       fuse=None if self._model.prefusion.fuse_history_answers else ~encoded.assistant,
       fuse_token_zero=self._model.prefusion.fuse_token_zero,
     )
-    size = self._processor.size
-    row['pixels'] = np.zeros((shape.visuals, self._processor.views, size, size, 3), np.uint8)
-    for i, image in enumerate(prompt.images):
-      row['pixels'][i] = self._processor(image if isinstance(image, Image.Image) else Image.fromarray(image))
+    size = self.media.images.size
+    row['pixels'] = np.zeros((shape.visuals, self.media.images.views, size, size, 3), np.uint8)
+    for i, visual in enumerate(itertools.chain.from_iterable(prompt.media)):
+      row['pixels'][i] = self.media.views(visual)
     return row

@@ -64,17 +64,58 @@ class LlavaMini(nnx.Module):
       return text
     if self.config.detach_text:
       text = jax.lax.stop_gradient(text)
-    features = self.encode_views(batch.pixels.reshape(rows * visuals, *batch.pixels.shape[2:]))
+    compressed, fused = self.see(text, batch)
+    if self.config.video_stop_grad and visuals > 1:
+      compressed, fused = jax.lax.stop_gradient((compressed, fused))
+    return splice(text, compressed, fused, batch)
 
-    def fused_with_visual(of_tokens):  # [B L ...] -> [B·M T ...]
-      index = batch.fuse_index.reshape(rows, -1, *(1,) * (of_tokens.ndim - 2))
+  def see(self, text: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Every visual of a batch with its text: compressed tokens [B M C D], and the sum of fused text float32[B L D].
+
+    At most `visual_chunk` visuals of each row are in memory at a time; in the backward pass they are seen again.
+    """
+    visuals, chunk = batch.pixels.shape[1], self.config.visual_chunk
+
+    def see_from(start, count):
+      pixels, index, mask = (
+        jax.lax.dynamic_slice_in_dim(x, start, count, axis=1) for x in (batch.pixels, batch.fuse_index, batch.fuse_mask)
+      )
+      return self._see_some(text, pixels, index, mask, batch.branch_ids)
+
+    if not 0 < chunk < visuals:
+      compressed, fused = see_from(0, visuals)
+      return compressed, sum_at(fused, batch.fuse_index, text.shape[1])
+
+    total = jnp.zeros(text.shape, jnp.float32)
+
+    def body(total, start):
+      compressed, fused = jax.checkpoint(see_from, static_argnums=1)(start, chunk)
+      index = jax.lax.dynamic_slice_in_dim(batch.fuse_index, start, chunk, axis=1)
+      return total + sum_at(fused, index, text.shape[1]), compressed
+
+    whole = visuals // chunk
+    total, compressed = jax.lax.scan(body, total, chunk * jnp.arange(whole))
+    compressed = jnp.moveaxis(compressed, 0, 1).reshape(text.shape[0], whole * chunk, *compressed.shape[3:])
+    if rest := visuals - whole * chunk:
+      last, fused = see_from(whole * chunk, rest)
+      total += sum_at(fused, batch.fuse_index[:, whole * chunk :], text.shape[1])
+      compressed = jnp.concatenate([compressed, last], axis=1)
+    return compressed, total
+
+  def _see_some(self, text, pixels, fuse_index, fuse_mask, branch_ids) -> tuple[jax.Array, jax.Array]:
+    """Some visuals of every row: compressed [B m C D], fused text [B m T D]."""
+    rows, visuals = pixels.shape[:2]
+
+    def fused_with_visual(of_tokens):  # [B L ...] -> [B·m T ...]
+      index = fuse_index.reshape(rows, -1, *(1,) * (of_tokens.ndim - 2))
       found = jnp.take_along_axis(of_tokens, index, axis=1, mode='clip')
       return found.reshape(rows * visuals, -1, *of_tokens.shape[2:])
 
-    branch_ids = None if batch.branch_ids is None else fused_with_visual(batch.branch_ids)
-    text_mask = batch.fuse_mask.reshape(rows * visuals, -1)
+    features = self.encode_views(pixels.reshape(rows * visuals, *pixels.shape[2:]))
+    branch_ids = None if branch_ids is None else fused_with_visual(branch_ids)
+    text_mask = fuse_mask.reshape(rows * visuals, -1)
     compressed, fused = self.fuse(features, fused_with_visual(text), text_mask, branch_ids)
-    return splice(text, compressed.reshape(rows, -1, text.shape[-1]), fused.reshape(rows, -1, text.shape[-1]), batch)
+    return compressed.reshape(rows, visuals, *compressed.shape[1:]), fused.reshape(rows, visuals, *fused.shape[1:])
 
   def encode_views(self, pixels: jax.Array) -> jax.Array:
     """pixels [B V height width 3] -> CLIP patch features [B V P W]."""
@@ -128,6 +169,16 @@ class LlavaMini(nnx.Module):
     return x[:, seen - compressed.shape[1] : seen] if fuse_compressed else compressed, x[:, seen:]
 
 
+def sum_at(fused: jax.Array, fuse_index: jax.Array, length: int) -> jax.Array:
+  """fused [B m T D] added up where in their row the tokens lie, int[B m T]: float32[B L D]."""
+
+  def one_row(fused, index):
+    total = jnp.zeros((length, fused.shape[-1]), jnp.float32)
+    return total.at[index.reshape(-1)].add(fused.reshape(-1, fused.shape[-1]).astype(jnp.float32), mode='drop')
+
+  return jax.vmap(one_row)(fused, fuse_index)
+
+
 def splice(text: jax.Array, compressed: jax.Array, fused: jax.Array, batch: Batch) -> jax.Array:
   """Puts fused text and compressed tokens where the batch's indices say.
 
@@ -135,20 +186,17 @@ def splice(text: jax.Array, compressed: jax.Array, fused: jax.Array, batch: Batc
   for a video, paper Sec. 4.2); one listed by none keeps its raw embedding.
 
   Args:
-    text: raw embeddings [B L D]. compressed: [B M·C D]. fused: [B M·T D].
+    text: raw embeddings [B L D]. compressed: [B M C D]. fused: their sum float32[B L D].
   Returns:
     [B L D] in the dtype of `text`.
   """
 
   def one_row(text, compressed, fused, fuse_index, slot_index):
-    length = text.shape[0]
-    total = jnp.zeros(text.shape, jnp.float32).at[fuse_index].add(fused.astype(jnp.float32), mode='drop')
-    count = jnp.zeros((length,), jnp.float32).at[fuse_index].add(1.0, mode='drop')[:, None]
-    row = jnp.where(count > 0, total / jnp.maximum(count, 1.0), text.astype(jnp.float32)).astype(text.dtype)
+    count = jnp.zeros(text.shape[:1], jnp.float32).at[fuse_index.reshape(-1)].add(1.0, mode='drop')[:, None]
+    row = jnp.where(count > 0, fused / jnp.maximum(count, 1.0), text.astype(jnp.float32)).astype(text.dtype)
     return row.at[slot_index].set(compressed.astype(text.dtype), mode='drop')
 
-  rows = text.shape[0]
-  x = jax.vmap(one_row)(text, compressed, fused, batch.fuse_index.reshape(rows, -1), batch.slot_index.reshape(rows, -1))
+  x = jax.vmap(one_row)(text, compressed, fused, batch.fuse_index, batch.slot_index)
   return constrain(x, 'batch', 'length', 'act_embed')
 
 

@@ -15,14 +15,11 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from llava_mini_jax.train.errors import CheckpointError
 from llava_mini_jax.train.tree import flatten, unflatten
 
 _POLICY = ocp.training.save_decision_policies
 _KEEP = ocp.training.preservation_policies
-
-
-class CheckpointError(RuntimeError):
-  """No checkpoint where one was asked for, or one that does not fit; the message lists every leaf at fault."""
 
 
 class Checkpoints:
@@ -70,11 +67,14 @@ class Checkpoints:
     Args:
       shardings: of every parameter, nested like them.
     Raises:
-      CheckpointError: no such step, or other parameters than `shardings` names.
+      CheckpointError: no such step, a damaged one, or other parameters than `shardings` names.
     """
     step = self._require(step)
+    with self._naming(step):
+      return self._restore_parameters(flatten(shardings), step)
+
+  def _restore_parameters(self, where: dict[str, Any], step: int) -> dict[str, Any]:
     stored = self._checkpointer.checkpointables_metadata(step).metadata['state']
-    where = flatten(shardings)
     parts = {part: flatten(stored[part]) for part in ('params', 'frozen')}
     found = {path for part in parts.values() for path in part}
     if found != set(where):
@@ -127,8 +127,9 @@ class Checkpoints:
     """What Orbax raises of files that are missing or cut short says neither which checkpoint nor that it is damaged."""
     try:
       yield
-    except (KeyError, ValueError, OSError) as error:
-      raise CheckpointError(f'{self.directory}/{step} is damaged: {error}') from error
+    except (KeyError, TypeError, ValueError, OSError) as error:
+      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+      raise CheckpointError(f'{self.directory}/{step} is damaged: {reason}') from error
 
   def _compare(self, abstract: dict[str, Any], step: int) -> None:
     """Orbax casts dtypes silently and reports one kind of mismatch at a time; list them all."""

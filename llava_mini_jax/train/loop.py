@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from llava_mini_jax.analyze.flops import peak_flops, training_flops
 from llava_mini_jax.config import ConfigError
-from llava_mini_jax.data.inputs import load_inputs
+from llava_mini_jax.data.inputs import Inputs, load_inputs
+from llava_mini_jax.data.mixture import Mixture
 from llava_mini_jax.data.pipeline import DeviceBatches, device_batches
-from llava_mini_jax.data.tokenizer import save_tokenizer
+from llava_mini_jax.data.tokenizer import fingerprint, save_tokenizer
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, use_mesh
 from llava_mini_jax.train.checkpoint import Checkpoints
+from llava_mini_jax.train.errors import TrainingError
 from llava_mini_jax.train.metrics import LOG_NAME, MetricsLog
 from llava_mini_jax.train.optimizer import schedule
 from llava_mini_jax.train.plots import training_curves
+from llava_mini_jax.train.start import check_start, initial_state
 from llava_mini_jax.train.step import Trainer, make_trainer
+from llava_mini_jax.train.throughput import Throughput
 from llava_mini_jax.train.tree import flatten
 
 State = dict[str, Any]
@@ -36,16 +40,20 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     The last step's metrics.
   Raises:
     ConfigError, MeshError, DataError, CheckpointError: before anything is compiled, where that is possible.
+    ConfigError also if the run in `workdir` is another one: the message lists what differs.
+    TrainingError: a loss or gradient that is not finite.
   """
   config = experiment.train
 
   # -- inputs --------------------------------------------------------------------------------------------------------
   mesh = make_mesh(config.mesh)
   check_batch(config.batch_size, mesh)
-  inputs = load_inputs(experiment.data, experiment.model)
-  total = experiment.total_steps(len(inputs.source))
+  inputs = load_inputs(experiment.data, experiment.model, seed=config.seed, start=config.init_from)
+  order = inputs.order(batch_size=config.batch_size, seed=config.seed)
+  total = experiment.total_steps(inputs.rows(order, config.epochs))
   batches = device_batches(
     inputs.iterator(
+      order,
       batch_size=config.batch_size,
       seed=config.seed,
       shard_index=jax.process_index(),
@@ -67,94 +75,98 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     weight_decay=config.weight_decay,
     max_grad_norm=config.max_grad_norm,
   )
+  check_start(experiment, trainer)
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(workdir / 'checkpoints', keep=config.keep)
   with use_mesh(mesh), checkpoints, contextlib.closing(batches):
-    state, start = _start(trainer, checkpoints, batches, experiment, total)
+    meta = _meta(experiment, inputs, total)
+    state, start = _start(experiment, trainer, checkpoints, batches, meta)
     if jax.process_index() == 0:
       (workdir / 'config.json').write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
       save_tokenizer(inputs.tokenizer, workdir / 'tokenizer')
-      print(_describe(experiment, trainer, len(inputs.source), start, total), flush=True)
+      print(_describe(experiment, trainer, inputs, start, total), flush=True)
 
     # -- steps -------------------------------------------------------------------------------------------------------
-    rates = _Rates(experiment, trainer)
+    throughput = Throughput(experiment.model, trainer)
     pending, last = [], {}
-    with MetricsLog(workdir, start_step=start, total_steps=total) as log:
+    with MetricsLog(workdir, start_step=start, total_steps=total, silent=jax.process_index() > 0) as log:
       for step in range(start + 1, total + 1):
-        state, metrics = trainer.step(state, next(batches))
+        batch = next(batches)
+        throughput.count(batch)
+        state, metrics = trainer.step(state, batch)
         pending.append((step, metrics))
         save = step % config.save_every == 0 or step == total
         # Metrics go to disk before the checkpoint that covers them, so a kill in between loses no line of the curve.
         if save or step % config.log_every == 0:
           for at, values in jax.device_get(pending):
             last = {name: float(value) for name, value in values.items()}
-            log.write(int(at), last | (rates.since_last(len(pending)) if at == step else {}))
+            _check_finite(int(at), last)
+            log.write(int(at), last | (throughput.since_last() if at == step else {}))
           log.flush()
           pending = []
         if save:
-          checkpoints.save(step, state, _meta(experiment, batches, total))
+          checkpoints.save(step, state, meta | dict(data=batches.get_state()))
       checkpoints.wait()
-  training_curves(workdir / LOG_NAME, workdir / 'curves.png')
+  if jax.process_index() == 0:
+    training_curves(workdir / LOG_NAME, workdir / 'curves.png')
   return last
 
 
+def _check_finite(step: int, metrics: dict[str, float]) -> None:
+  """Raises TrainingError before anything is saved that came after the step."""
+  bad = [name for name in ('loss', 'grad_norm') if not math.isfinite(metrics[name])]
+  if bad:
+    found = ', '.join(f'{name} {metrics[name]}' for name in bad)
+    raise TrainingError(f'step {step}: expected finite numbers; found {found}; the last checkpoint is from before it')
+
+
 def _start(
-  trainer: Trainer, checkpoints: Checkpoints, batches: DeviceBatches, experiment: Experiment, total: int
+  experiment: Experiment, trainer: Trainer, checkpoints: Checkpoints, batches: DeviceBatches, meta: dict[str, Any]
 ) -> tuple[State, int]:
   """The state to go on from, with the data moved to the same place, and its step."""
   step = checkpoints.latest_step
   if step is None:
-    return trainer.init(jax.random.key(experiment.train.seed)), 0
-  meta = checkpoints.meta(step)
-  if meta['total_steps'] != total:
-    raise ConfigError(
-      f'{checkpoints.directory}: its run has {meta["total_steps"]} steps, this one {total}; use another --workdir'
-    )
-  state, meta = checkpoints.restore(trainer.abstract, step)
-  batches.set_state(meta['data'])
+    return initial_state(experiment, trainer), 0
+  stored = checkpoints.meta(step)
+  changed = differences({name: stored.get(name) for name in meta}, meta)
+  if changed:
+    lines = '\n  '.join(changed)
+    raise ConfigError(f'{checkpoints.directory}: its run differs from this one; use another --workdir:\n  {lines}')
+  state, stored = checkpoints.restore(trainer.abstract, step)
+  batches.set_state(stored['data'])
   return state, step
 
 
-def _meta(experiment: Experiment, batches: DeviceBatches, total: int) -> dict[str, Any]:
-  return dict(data=batches.get_state(), total_steps=total, config=json.loads(json.dumps(experiment.to_dict())))
+# What a run may go on with as it likes: it changes no number, or is checked by what the path leads to.
+_FREE = re.compile(
+  r'config\.(train\.(log_every|save_every|keep|mesh)|data\.(workers|dataset|tokenizer)|model\.(scan\..*|visual_chunk)).*'
+)
 
 
-class _Rates:
-  """Throughput between two logged steps; counts static shapes, so padding is included."""
-
-  def __init__(self, experiment: Experiment, trainer: Trainer):
-    data, rows = experiment.data, experiment.train.batch_size
-    trains = {path.split('/')[0] for path in flatten(trainer.abstract['params']) if path != 'decoder/embed_tokens'}
-    self._tokens, self._images = rows * data.row_length, rows * data.visuals_per_row
-    self._flops = training_flops(
-      experiment.model,
-      trains=trains,
-      rows=rows,
-      length=data.row_length,
-      visuals=data.visuals_per_row,
-      fused_text=data.fused_text or data.row_length,
-    )
-    self._peak = peak_flops(experiment.model.dtype)
-    self._time: float | None = None
-
-  def since_last(self, steps: int) -> dict[str, float]:
-    """{} the first time, which would time the compilation."""
-    now, before = time.perf_counter(), self._time
-    self._time = now
-    if before is None:
-      return {}
-    per_second = steps / (now - before)
-    return dict(
-      steps_per_second=per_second,
-      tokens_per_second=per_second * self._tokens,
-      images_per_second=per_second * self._images,
-      mfu=per_second * self._flops / self._peak,
-    )
+def differences(stored: Any, now: Any, path: str = '') -> list[str]:
+  """`path: was …, is …` for every leaf that two nested dicts of a run's meta do not share, but for the `_FREE` ones."""
+  if isinstance(stored, dict) and isinstance(now, dict):
+    names = dict.fromkeys([*stored, *now])
+    parts = (differences(stored.get(n), now.get(n), f'{path}.{n}' if path else n) for n in names)
+    return [line for part in parts for line in part]
+  return [] if stored == now or _FREE.fullmatch(path) else [f'{path}: was {stored!r}, is {now!r}']
 
 
-def _describe(experiment: Experiment, trainer: Trainer, records: int, start: int, total: int) -> str:
+def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:
+  """What a checkpoint says of its run, the place in the data apart."""
+  return dict(
+    total_steps=total,
+    dataset=inputs.source.fingerprint,
+    tokenizer=fingerprint(inputs.tokenizer),
+    config=json.loads(json.dumps(experiment.to_dict())),
+  )
+
+
+def _describe(experiment: Experiment, trainer: Trainer, inputs: Inputs, start: int, total: int) -> str:
   count = {part: sum(leaf.size for leaf in flatten(trainer.abstract[part]).values()) for part in ('params', 'frozen')}
-  return (
-    f'{count["params"]:,} parameters train, {count["frozen"]:,} frozen; {records:,} records; '
+  mixture = [inputs.source.describe()] if isinstance(inputs.source, Mixture) else []
+  summary = (
+    f'{count["params"]:,} parameters train, {count["frozen"]:,} frozen; {len(inputs.source):,} records; '
     f'batch {experiment.train.batch_size}; steps {start:,} to {total:,}; mesh {dict(trainer.mesh.shape)}'
   )
+  return '\n'.join([*mixture, summary])

@@ -13,9 +13,15 @@ LOG_NAME = 'metrics.jsonl'
 
 
 class MetricsLog:
-  """Writes metrics of a run under `workdir`. After a resume, steps past the checkpoint are dropped and redone."""
+  """Writes metrics of a run under `workdir`. After a resume, steps past the checkpoint are dropped and redone.
 
-  def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
+  silent: writes and shows nothing, for all processes but the first.
+  """
+
+  def __init__(self, workdir: Path, *, start_step: int, total_steps: int, silent: bool = False):
+    self._silent = silent
+    if silent:
+      return
     self._path = workdir / LOG_NAME
     truncate(self._path, start_step)
     self._file = self._path.open('a')
@@ -24,6 +30,8 @@ class MetricsLog:
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """One finished step, counted from 1."""
+    if self._silent:
+      return
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     for name, value in values.items():
       self._board.add_scalar(f'train/{name}', value, step)
@@ -31,10 +39,14 @@ class MetricsLog:
     self._bar.set_postfix(loss=f'{values["loss"]:.3f}', acc=f'{values["accuracy"]:.3f}', refresh=False)
 
   def flush(self) -> None:
+    if self._silent:
+      return
     self._file.flush()
     self._bar.refresh()
 
   def close(self) -> None:
+    if self._silent:
+      return
     self._bar.close()
     self._file.close()
     self._board.close()

@@ -75,7 +75,8 @@ def alone(record) -> list[np.ndarray]:
 def questions(batch, i) -> list[tuple[int, ...]]:
   """What each branch of row i sees, as tokens in the order of their positions."""
   row = {name: batch[name][i] for name in ('tokens', 'branch_ids', 'segment_ids', 'positions')}
-  seen = [np.isin(row['branch_ids'], (0, k)) & (row['segment_ids'] > 0) for k in range(1, row['branch_ids'].max() + 1)]
+  branches = range(1, row['branch_ids'].max() + 1) or [0]
+  seen = [np.isin(row['branch_ids'], (0, k)) & (row['segment_ids'] > 0) for k in branches]
   assert all((row['positions'][s] == np.arange(s.sum())).all() for s in seen)
   return [tuple(row['tokens'][s].tolist()) for s in seen]
 
@@ -110,7 +111,35 @@ def test_a_row_holds_as_many_questions_as_fit(limit):
   assert {question for row in found for question in row} == {tuple(ids.tolist()) for ids in alone(RECORDS[0])}
 
 
-def test_a_question_that_does_not_fit_is_refused():
-  row = RowShape.for_model(MODEL, length=12, visuals=2)
-  with pytest.raises(DataError, match=r"^E_TOO_LONG: sample '0': expected at most 12 tokens with vision slots; found"):
-    take(iterate([RECORDS[0]] * 4, side_by_side=True, row=row), 1)
+def with_a_long_question(words: int) -> dict:
+  """Short, long, short."""
+  values = ['<image>\na', '1', 'long ' * words, '2', 'b', '3']
+  sides = [{'from': ('human', 'gpt')[n % 2], 'value': value} for n, value in enumerate(values)]
+  return {**RECORDS[0], 'conversations': sides}
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_a_question_that_does_not_fit_is_refused(seed):
+  """Whichever question comes first."""
+  row = RowShape.for_model(MODEL, length=96, visuals=2)
+  with pytest.raises(DataError, match=r"^E_TOO_LONG: sample '0': expected at most 96 tokens with vision slots; found"):
+    take(iterate([with_a_long_question(200)] * 4, side_by_side=True, row=row, seed=seed), 1)
+
+
+def test_a_question_that_finds_no_room_leaves_it_to_the_next():
+  """The long one and a short one, or both short ones: never a short one alone."""
+  record = with_a_long_question(20)
+  sizes = sorted(len(ids) for ids in alone(record))
+  row = RowShape.for_model(MODEL, length=sizes[2] + sizes[0], visuals=2)
+  batches = take(iterate([record], num_epochs=64, side_by_side=True, row=row), 16)
+  found = {tuple(sorted(map(len, questions(batch, i)))) for batch in batches for i in range(4)}
+  assert found == {(sizes[0], sizes[1]), (sizes[0], sizes[2]), (sizes[1], sizes[2])}
+
+
+def test_a_conversation_about_several_images_is_a_row_as_it_is():
+  values = ['<image>\na', '1', '<image>\nb', '2']
+  sides = [{'from': ('human', 'gpt')[n % 2], 'value': value} for n, value in enumerate(values)]
+  record = {**RECORDS[0], 'media': RECORDS[7]['media'], 'conversations': sides}
+  (beside,), (plain,) = (take(iterate([record] * 4, **options), 1) for options in ({'side_by_side': True}, {}))
+  assert not beside.pop('branch_ids').any()
+  assert beside.keys() == plain.keys() and all((beside[name] == plain[name]).all() for name in plain)

@@ -20,12 +20,14 @@ from llava_mini_jax.data.conversation import (
   check_targets,
   check_turns,
   encode,
+  end_of_turn,
   load_template,
   render,
   tokenize,
   turns_from_llava,
 )
 from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.tokenizer import train_tokenizer
 
 CASES = json.loads((GOLDEN / 'preprocess' / 'tokenizer_image_token.json').read_text())['cases']
 SPECIAL = {'<unk>': 0, '<s>': 1, '</s>': 2}
@@ -549,8 +551,28 @@ def test_template_errors(tmp_path):
 def test_templates_run_in_a_sandbox(tmp_path, source, error):
   path = tmp_path / 'evil.jinja'
   path.write_text(source)
-  with pytest.raises(error):
-    render(load_template(path), [user('Q')])
+  with pytest.raises(ConfigError, match='^template: cannot render sample 7: ') as caught:
+    render(load_template(path), [user('Q')], where='sample 7')
+  assert isinstance(caught.value.__cause__, error)
+
+
+@pytest.mark.parametrize(
+  ('template', 'end'), [('chatml', '<|im_end|>'), ('qa', '<|im_end|>'), ('vicuna_v1', '<|im_end|>'), ('plain', '\n')]
+)
+def test_where_an_answer_ends(template, end):
+  tokenizer = train_tokenizer(['some text'])
+  token = end_of_turn(tokenizer, load_template(template))
+  assert tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False) == end
+  encoded = encode(tokenizer, load_template(template), [user('Q'), {'role': 'assistant', 'content': 'A'}])
+  assert encoded.ids[encoded.assistant][-1] == token
+
+
+def test_a_template_whose_end_the_tokenizer_does_not_know(tmp_path):
+  tokenizer = train_tokenizer(['some text'])
+  with pytest.raises(ConfigError) as error:
+    end_of_turn(tokenizer, load_template('llama_3_1'))
+  expected = "template: expected an end of turn that is one token of the tokenizer; found '<|eot_id|>'"
+  assert str(error.value) == expected
 
 
 def test_normalizing_tokenizers_keep_their_place():

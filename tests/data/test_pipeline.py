@@ -19,6 +19,7 @@ from llava_mini_jax.data.augment import Augment
 from llava_mini_jax.data.conversation import encode, load_template
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.images import ImageProcessor, load_image
+from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.pipeline import device_batches, make_iterator
 from llava_mini_jax.data.records import open_split, write
 from llava_mini_jax.data.rows import RowShape
@@ -49,7 +50,7 @@ def record(i: int) -> dict:
   images = 0 if i % 7 == 6 else 2 if i % 8 == 7 else 1
   values = ['<image>\n' * images + f'what is {i}?', f'this is {i}', 'is it so?', 'yes', 'or not?', 'no']
   turns = [{'from': ('human', 'gpt')[n % 2], 'value': value} for n, value in enumerate(values)]
-  return {'id': str(i), 'category': '', 'images': [picture(100 * i + n) for n in range(images)], 'conversations': turns}
+  return {'id': str(i), 'category': '', 'media': [picture(100 * i + n) for n in range(images)], 'conversations': turns}
 
 
 RECORDS = [record(i) for i in range(COUNT)]
@@ -58,7 +59,13 @@ TOKENIZER = train_tokenizer(turn['value'] for item in RECORDS for turn in item['
 
 def iterate(source=RECORDS, **options):
   defaults = dict(
-    tokenizer=TOKENIZER, template='chatml', model=MODEL, row=ROW, processor=ImageProcessor(16), batch_size=4, seed=3
+    tokenizer=TOKENIZER,
+    template='chatml',
+    model=MODEL,
+    row=ROW,
+    processor=MediaProcessor(ImageProcessor(16)),
+    batch_size=4,
+    seed=3,
   )
   return make_iterator(source, **{**defaults, **options})
 
@@ -109,7 +116,7 @@ def test_rows_are_the_records_in_order():
     encoded = encode(TOKENIZER, load_template('chatml'), turns)
     np.testing.assert_array_equal(row['tokens'][: len(encoded.ids)], np.maximum(encoded.ids, 0))
     np.testing.assert_array_equal(row['targets'][row['loss_mask']], encoded.ids[encoded.assistant])
-    images = [np.asarray(load_image(data, '')) for data in RECORDS[i]['images']]
+    images = [np.asarray(load_image(data, '')) for data in RECORDS[i]['media']]
     for m in range(2):
       np.testing.assert_array_equal(row['pixels'][m, 0], images[m] if m < len(images) else np.zeros((16, 16, 3)))
     assert (row['slot_index'] < 96).sum() == len(images)
@@ -216,7 +223,7 @@ def test_workers_run_outside_of_absl_app(tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_bad_sample_is_named(workers):
-  bad = [*RECORDS[:5], {**RECORDS[5], 'images': [b'no image']}, *RECORDS[6:]]
+  bad = [*RECORDS[:5], {**RECORDS[5], 'media': [b'no image']}, *RECORDS[6:]]
   iterator = iterate(bad, shuffle=False, worker_count=workers)
   next(iterator)
   with pytest.raises(DataError, match="^E_IMG_FORMAT: sample '5': image 0: "):
@@ -227,7 +234,7 @@ def test_a_bad_sample_is_named(workers):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'images': []}, "E_IMAGE_TAGS: sample '0': expected 0 <image> tag(s) for its media; found 1"),
+    ({'media': []}, "E_IMAGE_TAGS: sample '0': expected 0 <image> or <video> tag(s) for its media; found 1"),
     ({'conversations': RECORDS[0]['conversations'][:1]}, "E_NO_TARGET: sample '0': "),
     ({'conversations': []}, "E_EMPTY_TURNS: sample '0': "),
     (
@@ -254,7 +261,11 @@ def test_what_is_wrong_with_a_sample(change, message):
     ({'shard_count': 3}, ConfigError, 'batch_size=4 does not divide over shard 0 of 3'),
     ({'shard_index': 2, 'shard_count': 2}, ConfigError, 'batch_size=4 does not divide over shard 2 of 2'),
     ({'max_turns': 0}, ConfigError, 'max_turns: expected at least 1; found 0'),
-    ({'processor': ImageProcessor(32)}, ConfigError, "processor.size: expected 16, the model's; found 32"),
+    (
+      {'processor': MediaProcessor(ImageProcessor(32))},
+      ConfigError,
+      "processor.size: expected 16, the model's; found 32",
+    ),
     (
       {'row': dataclasses.replace(ROW, tokens_per_visual=4)},
       ConfigError,
@@ -279,9 +290,9 @@ def test_fewer_records_than_a_batch_go_round():
 
 
 def test_views_of_hd():
-  (batch,) = take(iterate(RECORDS[:1], processor=ImageProcessor(16, grid=2), batch_size=1), 1)
+  (batch,) = take(iterate(RECORDS[:1], processor=MediaProcessor(ImageProcessor(16, grid=2)), batch_size=1), 1)
   assert batch['pixels'].shape == (1, 2, 5, 16, 16, 3)
-  np.testing.assert_array_equal(batch['pixels'][0, 0, 4], np.asarray(load_image(RECORDS[0]['images'][0], '')))
+  np.testing.assert_array_equal(batch['pixels'][0, 0, 4], np.asarray(load_image(RECORDS[0]['media'][0], '')))
 
 
 def test_text_only_with_a_zero_image():
@@ -332,7 +343,7 @@ def test_the_state_is_that_of_the_batch_handed_out(sharding, ahead):
 
 
 def test_an_error_ahead_waits_for_its_turn(sharding):
-  bad = [*RECORDS[:20], {**RECORDS[20], 'images': [b'no image']}]
+  bad = [*RECORDS[:20], {**RECORDS[19], 'id': '20', 'media': [b'no image']}]
   batches = device_batches(iterate(bad, batch_size=8, shuffle=False), sharding, ahead=9)
   next(batches), next(batches)
   for _ in range(2):

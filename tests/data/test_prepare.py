@@ -63,7 +63,7 @@ def test_two_files_become_two_splits(tmp_path, root):
       yield record
 
   summary = prepare(
-    list(map(str, files)), tmp_path / 'out', splits=['train', 'val'], image_root=root, progress=progress
+    list(map(str, files)), tmp_path / 'out', splits=['train', 'val'], media_roots=[root], progress=progress
   )
   assert {name: split['records'] for name, split in summary['splits'].items()} == {'train': 5, 'val': 2}
   assert summary == json.loads((tmp_path / 'out' / 'summary.json').read_text())
@@ -81,7 +81,7 @@ def test_two_files_become_two_splits(tmp_path, root):
 def test_refusals_fail_the_whole_unless_allowed(tmp_path, root):
   file = annotate(tmp_path / 'a.json', 75, bad=25)
   with pytest.raises(DataError) as error:
-    prepare([str(file)], tmp_path / 'out', image_root=root)
+    prepare([str(file)], tmp_path / 'out', media_roots=[root])
   lines = str(error.value).splitlines()
   assert lines[0] == f'E_REFUSED: {file}: 25 of 100 sample(s) refused, allowed are 0.00% (--max_refused):'
   assert lines[1] == (
@@ -90,9 +90,9 @@ def test_refusals_fail_the_whole_unless_allowed(tmp_path, root):
   assert (len(lines), lines[-1]) == (22, '  and 5 more')
   assert sorted(os.listdir(tmp_path)) == ['a.json', 'images']
   with pytest.raises(DataError, match='allowed are 24.00%'):
-    prepare([str(file)], tmp_path / 'out', image_root=root, max_refused=0.24)
+    prepare([str(file)], tmp_path / 'out', media_roots=[root], max_refused=0.24)
 
-  summary = prepare([str(file)], tmp_path / 'out', image_root=root, max_refused=0.25)
+  summary = prepare([str(file)], tmp_path / 'out', media_roots=[root], max_refused=0.25)
   assert summary['splits']['train'] == {'records': 75, 'refused': 25, 'source': str(file)}
   assert [entry['code'] for entry in summary['refused']] == ['E_IMAGE_TAGS'] * 25
   assert describe(summary).splitlines()[1] == lines[1]
@@ -100,7 +100,7 @@ def test_refusals_fail_the_whole_unless_allowed(tmp_path, root):
 
 def test_the_tokenizer_can_be_left_out(tmp_path, root):
   file = annotate(tmp_path / 'a.json', 2)
-  summary = prepare([str(file)], tmp_path / 'out', image_root=root, tokenizer_vocab_size=0)
+  summary = prepare([str(file)], tmp_path / 'out', media_roots=[root], tokenizer_vocab_size=0)
   assert summary['tokenizer'] is None
   assert not (tmp_path / 'out' / 'tokenizer').exists()
 
@@ -122,7 +122,7 @@ def test_sources_and_splits_pair(tmp_path, files, splits, message):
 
 def test_command(tmp_path, root):
   file = annotate(tmp_path / 'a.json', 3)
-  done = command(f'--source={file}', f'--image_root={root}', f'--out={tmp_path / "out"}', '--tokenizer_vocab_size=300')
+  done = command(f'--source={file}', f'--media_root={root}', f'--out={tmp_path / "out"}', '--tokenizer_vocab_size=300')
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines()[0] == f'train: 3 records from {file}, 0 refused'
   assert done.stdout.splitlines()[-1] == f'written to {tmp_path / "out"}'

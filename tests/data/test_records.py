@@ -21,7 +21,7 @@ def make(count: int, seed: int = 0) -> list[dict]:
     {
       'id': f'sample-{i}',
       'category': ['', 'größe'][i % 2],
-      'images': [rng.bytes(int(rng.integers(0, 300))) for _ in range(i % 3)],
+      'media': [rng.bytes(int(rng.integers(0, 300))) for _ in range(i % 3)],
       'conversations': [
         turn
         for n in range(1 + i % 4)
@@ -57,7 +57,7 @@ def test_round_trip(dataset, samples):
 def test_bytes_with_nul_and_no_images_survive(tmp_path):
   turns = [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}]
   files = [[], [b''], [b'\0\xff\0'], [b'a\0', b'\0']]
-  tricky = [{'id': str(i), 'category': '', 'images': f, 'conversations': turns} for i, f in enumerate(files)]
+  tricky = [{'id': str(i), 'category': '', 'media': f, 'conversations': turns} for i, f in enumerate(files)]
   write(tmp_path / 'data', {'train': iter(tricky)}, description='for tests')
   assert list(open_split(tmp_path / 'data', 'train')) == tricky
 
@@ -70,8 +70,8 @@ def test_split_pickles_as_its_path(dataset, samples):
 
 
 def test_fingerprint_is_of_the_content(tmp_path, samples):
-  changed = [bytes([data[0] ^ 1]) + data[1:] for data in samples[38]['images']]
-  other = [*samples[:38], {**samples[38], 'images': changed}, samples[39]]
+  changed = [bytes([data[0] ^ 1]) + data[1:] for data in samples[38]['media']]
+  other = [*samples[:38], {**samples[38], 'media': changed}, samples[39]]
   for name, content, shard_size in (('a', samples, 16), ('b', samples, 7), ('c', other, 16)):
     write(tmp_path / name, {'train': content}, description=name, shard_size=shard_size)
   a, b, c = (open_split(tmp_path / name, 'train').fingerprint for name in 'abc')
@@ -83,7 +83,7 @@ def test_tensorflow_is_never_imported(tmp_path):
     'import sys\n'
     'from llava_mini_jax.data.records import open_split, write\n'
     "turns = [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}]\n"
-    "record = {'id': 'x', 'category': '', 'images': [b'i'], 'conversations': turns}\n"
+    "record = {'id': 'x', 'category': '', 'media': [b'i'], 'conversations': turns}\n"
     "write(sys.argv[1], {'train': [record]}, description='')\n"
     "assert open_split(sys.argv[1], 'train')[0] == record\n"
     "assert 'tensorflow' not in sys.modules\n"

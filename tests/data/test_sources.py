@@ -22,7 +22,7 @@ def png(color: str = 'red') -> bytes:
 
 @pytest.fixture
 def root(tmp_path):
-  """m/ is the image root; beside it lies what must not be reached."""
+  """m/ is the media root; beside it lies what must not be reached."""
   (tmp_path / 'm' / 'sub').mkdir(parents=True)
   (tmp_path / 'm2').mkdir()
   for name in ('m/a.png', 'm/sub/b.png', 'm2/secret.png', 'secret.png'):
@@ -68,10 +68,10 @@ def test_a_good_file(tmp_path, root):
   assert report.refused == []
   assert [record['id'] for record in found] == ['one', '2', 'text', 'link']
   assert [record['category'] for record in found] == ['color', '', '', '']
-  assert [len(record['images']) for record in found] == [1, 2, 0, 1]
-  assert found[0]['images'] == [png()]  # the file's own bytes
+  assert [len(record['media']) for record in found] == [1, 2, 0, 1]
+  assert found[0]['media'] == [png()]  # the file's own bytes
   assert [record['conversations'] for record in found] == [value['conversations'] for value in samples]
-  assert set(found[0]) == {'id', 'category', 'images', 'conversations'}
+  assert set(found[0]) == {'id', 'category', 'media', 'conversations'}
 
 
 def test_jsonl_is_the_same(tmp_path, root):
@@ -134,12 +134,12 @@ BAD = {
     "expected no special token in the text; found '<|im_end|>'",
   ),
   'category a number': (sample(category=1), 'E_FIELD', 'expected a string; found a number'),
-  'video': (sample(video='v.mp4', image=...), 'E_FIELD', 'this source reads images and text only'),
+  'missing video': (sample(video='none.mp4', image=...), 'E_VIDEO_MISSING', 'no such file in {root}'),
   'missing image': (sample(image='none.png'), 'E_IMG_MISSING', 'no such file in {root}'),
   'image outside': (
     sample(image='../secret.png'),
     'E_PATH',
-    "expected a path relative to the image root, without '..'",
+    "expected a path relative to the media root, without '..'",
   ),
   'image a number': (sample(image=[1]), 'E_PATH', 'expected a string; found int'),
   'broken image': (sample(image='broken.png'), 'E_IMG_TRUNCATED', None),
@@ -239,7 +239,7 @@ def test_an_image_without_a_root(tmp_path):
   report = Report()
   assert list(read_llava(tmp_path / 'x.json', None, report)) == []
   assert report.refused[0].code == 'E_IMG_MISSING'
-  assert report.refused[0].message == "names the image 'a.png', and no image root was given"
+  assert report.refused[0].message == "names the image 'a.png', and no media root was given"
 
 
 PATHS = {
@@ -329,7 +329,7 @@ def test_easy_vqa():
   ]
   for record in [*train, *test]:
     texts = [turn['value'] for turn in record['conversations']]
-    assert len(record['images']) == 1
+    assert len(record['media']) == 1
     assert texts[0].startswith('<image>\n') and sum('<image>' in text for text in texts) == 1
   counts = {name: sum(record['category'] == name for record in test) for name in {r['category'] for r in test}}
   assert counts == {'shape': 1257, 'color': 1280, 'yes/no shape': 1935, 'yes/no color': 5201}

@@ -24,7 +24,7 @@ from llava_mini_jax.infer.answer import Answerer
 from llava_mini_jax.infer.load import load_run
 from llava_mini_jax.infer.prompts import Prompt
 from llava_mini_jax.sharding import MeshError, make_mesh
-from llava_mini_jax.train.checkpoint import CheckpointError
+from llava_mini_jax.train.errors import CheckpointError
 
 NAMES = list(COLORS)[:4]
 HALF = len(NAMES)  # of the eight questions of the split
@@ -38,7 +38,7 @@ def record(color: str, i: int) -> dict:
   return {
     'id': f'{color}-{i}',
     'category': '' if first else ('short', 'long')[i],
-    'images': [picture(color)],
+    'media': [picture(color)],
     'conversations': turns[:1] + ANSWER if first else turns,
   }
 
@@ -58,7 +58,7 @@ def quick_compilation():
 def dataset(tmp_path_factory) -> Path:
   directory = tmp_path_factory.mktemp('evaluate') / 'data'
   unanswered = {**RECORDS[3], 'id': 'open', 'conversations': RECORDS[3]['conversations'][:1]}
-  text = {**RECORDS[3], 'images': [], 'conversations': [{'from': 'human', 'value': 'and ' + QUESTIONS[1]}, *ANSWER]}
+  text = {**RECORDS[3], 'media': [], 'conversations': [{'from': 'human', 'value': 'and ' + QUESTIONS[1]}, *ANSWER]}
   splits = {'test': RECORDS, 'open': [RECORDS[0], unanswered], 'text': [text]}
   records.write(directory, splits, description='for tests')
   return directory
@@ -223,11 +223,11 @@ def test_a_contact_sheet_with_more_images_than_a_row_holds(tmp_path):
 
 
 def test_limit(everywhere, dataset, tmp_path):
-  """The first questions alone; images are swapped among them."""
+  """The first questions alone; their images are those of the other half of the split."""
   summary = evaluate(everywhere, dataset, 'test', tmp_path, images='swapped', batch_size=8, limit=4, sheet=2)
-  answers = json.loads((tmp_path / 'answers_swapped.json').read_text())['answers']
+  answers = json.loads((tmp_path / 'answers_swapped_first_4.json').read_text())['answers']
   assert [row['id'] for row in answers] == [item['id'] for item in RECORDS[:4]]
-  assert [row['answer'] for row in answers] == ['green', 'green', 'red', 'red']
+  assert [row['answer'] for row in answers] == ['blue', 'blue', 'white', 'white']
   assert summary['count'] == 4
   assert evaluate(everywhere, dataset, 'test', tmp_path, batch_size=8, limit=99)['count'] == 8
 
@@ -265,11 +265,11 @@ def prompts() -> list[Prompt]:
   """Short and long, with and without an image, and one that goes on."""
   images = [np.full((16, 24, 3), color, np.uint8) for color in map(COLORS.get, NAMES)]
   return [
-    Prompt(turns('<image>\ncolor?'), images[:1], 'short'),
-    Prompt(turns('<image>\n' + QUESTIONS[1]), [Image.fromarray(images[1])], 'long'),
+    Prompt(turns('<image>\ncolor?'), [images[:1]], 'short'),
+    Prompt(turns('<image>\n' + QUESTIONS[1]), [[Image.fromarray(images[1])]], 'long'),
     Prompt(turns('no image'), (), 'text'),
-    Prompt(turns('<image>\ncolor?', 'red', 'are you sure?'), images[2:3], 'second question'),
-    Prompt(turns('<image>\ncolor?'), images[3:], 'again'),
+    Prompt(turns('<image>\ncolor?', 'red', 'are you sure?'), [images[2:3]], 'second question'),
+    Prompt(turns('<image>\ncolor?'), [images[3:]], 'again'),
   ]
 
 
@@ -304,11 +304,10 @@ def test_what_was_learnt_is_answered(answerer):
 def test_devices_do_not_matter(answerer, evaluated):
   """Eight devices, a row on each, and one device."""
   asked = [
-    Prompt(turns(item['conversations'][0]['value']), [Image.new('RGB', (24, 16), COLORS[item['id'].split('-')[0]])])
+    Prompt(turns(item['conversations'][0]['value']), [[Image.new('RGB', (24, 16), COLORS[item['id'].split('-')[0]])]])
     for item in RECORDS
   ]
-  length = answerer.encoder.row_length([answerer.encoder.encode(prompt) for prompt in prompts()])
-  found = list(answerer.answers(asked, batch_size=3, length=length))
+  found = list(answerer.answers(asked, batch_size=3))
   assert found == [row['answer'] for row in evaluated[0]['real'][1]]
 
 
@@ -332,7 +331,7 @@ def test_a_stream_never_cuts_a_character(answerer, text, ends):
 @pytest.mark.parametrize(
   ('prompt', 'message'),
   [
-    (Prompt(turns('color?'), [np.zeros((8, 8, 3), np.uint8)], 'a'), 'E_IMAGE_TAGS: a: expected 1 <image> tag(s) '),
+    (Prompt(turns('color?'), [[np.zeros((8, 8, 3), np.uint8)]], 'a'), 'E_IMAGE_TAGS: a: expected 1 <image> tag(s) '),
     (Prompt(turns('<image>\ncolor?'), (), 'b'), 'E_IMAGE_TAGS: b: expected 0 <image> tag(s) '),
     (Prompt(turns('color?', 'red'), (), 'c'), 'E_ROLE_ORDER: c: a generation prompt: expected the last turn '),
     (Prompt((), (), 'd'), 'E_EMPTY_TURNS: d: '),

@@ -26,7 +26,7 @@ from llava_mini_jax.config import IMAGE_MEAN, IMAGE_STD, LlavaMiniConfig, ScanCo
 from llava_mini_jax.data.branches import share_prefix
 from llava_mini_jax.data.conversation import Encoded
 from llava_mini_jax.data.rows import RowShape, build_row
-from llava_mini_jax.models.llava_mini import LlavaMini, build, splice, to_raster
+from llava_mini_jax.models.llava_mini import LlavaMini, build, splice, sum_at, to_raster
 from llava_mini_jax.models.positions import resize_table, sincos_table
 from llava_mini_jax.train.loss import next_token_loss
 from llava_mini_jax.train.tree import abstract_model, flatten, merge, parameter_shapes, unflatten
@@ -334,14 +334,46 @@ def test_a_token_of_several_visuals_is_the_mean_of_its_fused_states(base):
   np.testing.assert_array_equal(x[answer], text[answer])
 
 
+@pytest.mark.parametrize('chunk', [1, 2, 3, 5])
+def test_visuals_in_chunks_are_as_visuals_at_once(trained_on_visuals, chunk):
+  batch, expected_loss, expected = trained_on_visuals
+  loss, grads = loss_and_gradients(dataclasses.replace(CONFIG, visual_chunk=chunk), batch)
+  close(loss, expected_loss, 'loss', EXACT)
+  for path, grad in grads.items():
+    close(grad, expected[path], path, EXACT)
+
+
+def test_gradients_may_stop_at_the_visuals_of_a_video(trained_on_visuals):
+  """As released for videos of equal length: the decoder alone trains. A row of one image is not concerned."""
+  batch, expected_loss, expected = trained_on_visuals
+  config = dataclasses.replace(CONFIG, video_stop_grad=True)
+  loss, grads = loss_and_gradients(config, batch)
+  close(loss, expected_loss, 'loss', EXACT)
+  visual = ('vision/', 'projector/', 'compressor/', 'prefusion/')
+  assert {path for path, grad in grads.items() if path.startswith(visual) and np.any(grad)} == set()
+  for path, grad in grads.items():
+    if path.startswith('decoder/'):
+      close(grad, expected[path], path, EXACT)
+  image = lay_out(CONFIG, SAMPLES[:1], length=14, visuals=1, fused_text=8)
+  (_, stopped), (_, free) = (loss_and_gradients(c, image) for c in (config, CONFIG))
+  assert all(np.array_equal(stopped[path], free[path]) for path in free)
+
+
+@pytest.fixture(scope='module')
+def trained_on_visuals() -> tuple[Batch, float, dict[str, jax.Array]]:
+  """Two images, a video of three frames, and text, with loss and gradients."""
+  batch = lay_out(CONFIG, [SAMPLES[2], SAMPLES[3], SAMPLES[1]], length=LENGTH, visuals=4, fused_text=9)
+  return batch, *loss_and_gradients(CONFIG, batch)
+
+
 def test_the_mean_is_taken_in_float32():
   """256 + 1 is 256 in bfloat16."""
   row = lay_out(CONFIG, SAMPLES[3:], length=LENGTH, visuals=3, fused_text=1 + 5)
   text = jnp.full((1, LENGTH, 2), 7.0, jnp.bfloat16)
   frames = jnp.asarray([256.0, 1.0, 1.0], jnp.bfloat16)
-  fused = jnp.broadcast_to(jnp.repeat(frames, 6)[None, :, None], (1, 18, 2))
-  compressed = jnp.arange(12.0, dtype=jnp.bfloat16)[None, :, None] * jnp.ones((1, 1, 2), jnp.bfloat16)
-  x = quick_jit(splice)(text, compressed, fused, row)
+  fused = jnp.broadcast_to(frames[None, :, None, None], (1, 3, 6, 2))
+  compressed = jnp.arange(12.0, dtype=jnp.bfloat16).reshape(1, 3, 4, 1) * jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+  x = quick_jit(lambda *x: splice(*x[:2], sum_at(x[2], row.fuse_index, LENGTH), row))(text, compressed, fused)
   assert x.dtype == jnp.bfloat16
   expected = np.full(LENGTH, 7.0)
   expected[[0, *range(13, 18)]] = 86.0  # text before and after the twelve slots

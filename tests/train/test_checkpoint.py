@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_mini_jax.sharding import make_mesh
-from llava_mini_jax.train.checkpoint import CheckpointError, Checkpoints
+from llava_mini_jax.train.checkpoint import Checkpoints
+from llava_mini_jax.train.errors import CheckpointError
 
 # data × fsdp × tensor; the last one covers one device of the eight
 MESHES = {'fsdp': (1, 8, 1), 'data': (8, 1, 1), 'all': (2, 2, 2), 'one': (1, 1, 1)}

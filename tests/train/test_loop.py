@@ -33,9 +33,12 @@ from tiny_run import (
 )
 
 from llava_mini_jax.config import ConfigError
+from llava_mini_jax.data.inputs import load_inputs
 from llava_mini_jax.data.tokenizer import fingerprint, load_tokenizer
 from llava_mini_jax.experiment import Experiment
-from llava_mini_jax.train.loop import train
+from llava_mini_jax.train.checkpoint import Checkpoints
+from llava_mini_jax.train.errors import TrainingError
+from llava_mini_jax.train.loop import differences, train
 from llava_mini_jax.train.metrics import LOG_NAME, MetricsLog, truncate
 from llava_mini_jax.train.plots import training_curves
 
@@ -256,15 +259,62 @@ def test_a_finished_run_stays_as_it_is(workdir, tmp_path, base, capsys):
   assert f'steps {STEPS} to {STEPS}' in capsys.readouterr().out
 
 
-def test_a_run_of_another_length_is_refused(workdir, tmp_path, base):
+@pytest.mark.parametrize(
+  ('change', 'lines'),
+  [
+    (
+      dict(max_steps=STEPS + 1),
+      [f'{field}: was {STEPS}, is {STEPS + 1}' for field in ('total_steps', 'config.train.max_steps')],
+    ),
+    (dict(seed=9, weight_decay=1.0), ['config.train.seed: was 0, is 9', 'config.train.weight_decay: was 0.0, is 1.0']),
+    (dict(groups=(('.*', 3e-2),)), [f"config.train.groups: was [['.*', {RATE}]], is [['.*', 0.03]]"]),
+  ],
+)
+def test_another_run_is_refused(workdir, tmp_path, base, change, lines):
+  """Every field that differs is named, and nothing is changed."""
   copy = shutil.copytree(workdir, tmp_path / 'run')
   before = snapshot(copy)
   with pytest.raises(ConfigError) as error:
-    train(experiment(make_dataset(base), max_steps=STEPS + 1), copy)
-  assert str(error.value) == (
-    f'{copy}/checkpoints: its run has {STEPS} steps, this one {STEPS + 1}; use another --workdir'
-  )
+    train(experiment(make_dataset(base), **change), copy)
+  head, *found = str(error.value).splitlines()
+  assert head == f'{copy}/checkpoints: its run differs from this one; use another --workdir:'
+  assert [line.strip() for line in found] == lines
   assert snapshot(copy) == before
+
+
+def test_other_data_and_another_tokenizer_are_refused(workdir, tmp_path, base):
+  copy = shutil.copytree(workdir, tmp_path / 'run')
+  other = experiment(make_dataset(base))
+  meta = dict(total_steps=1, dataset='a', tokenizer='b', config=json.loads(json.dumps(other.to_dict())))
+  assert differences(meta, meta | dict(dataset='c', tokenizer='d')) == [
+    "dataset: was 'a', is 'c'",
+    "tokenizer: was 'b', is 'd'",
+  ]
+  with Checkpoints(copy / 'checkpoints') as checkpoints:
+    stored = checkpoints.meta()
+  inputs = load_inputs(other.data, other.model)
+  assert stored['dataset'] == inputs.source.fingerprint and stored['tokenizer'] == fingerprint(inputs.tokenizer)
+
+
+def test_what_changes_no_number_may_change(workdir, tmp_path, base):
+  copy = shutil.copytree(workdir, tmp_path / 'run')
+  other = experiment(make_dataset(base), log_every=3, save_every=5, keep=1, mesh=(1, 8, 1))
+  other = dataclasses.replace(other, data=dataclasses.replace(other.data, workers=1))
+  with Checkpoints(copy / 'checkpoints') as checkpoints:
+    stored = checkpoints.meta()['config']
+  now = json.loads(json.dumps(other.to_dict()))
+  assert stored != now and differences(dict(config=stored), dict(config=now)) == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, base):
+  """Before a checkpoint that holds it."""
+  with pytest.raises(TrainingError, match=r'^step \d+: expected finite numbers; found (loss|grad_norm) (nan|inf)'):
+    train(experiment(make_dataset(base), groups=(('.*', 1e30),), save_every=1, log_every=1), tmp_path / 'run')
+  with Checkpoints(tmp_path / 'run' / 'checkpoints') as checkpoints:
+    step = checkpoints.latest_step
+  rows = [json.loads(line) for line in (tmp_path / 'run' / LOG_NAME).read_text().splitlines()]
+  assert [row['step'] for row in rows] == list(range(1, step + 1))
+  assert all(math.isfinite(row['loss']) for row in rows)
 
 
 def test_lines_past_the_checkpoint_are_dropped(tmp_path):

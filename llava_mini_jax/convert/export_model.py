@@ -1,0 +1,99 @@
+"""A run → the Hugging Face layout of the released LLaVA-Mini: config.json, safetensors shards, tokenizer.
+
+The parameters of an imported run are read layer by layer; those of a trained run are restored to the host's memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig, require_choice
+from llava_mini_jax.convert.hf_checkpoint import CONFIG, VISION_CONFIG
+from llava_mini_jax.convert.hf_config import to_hf_config
+from llava_mini_jax.convert.names import LLAVA, RELEASED, Rule, to_torch, wanted_tensors
+from llava_mini_jax.convert.run_weights import is_imported, load_parameters, open_weights, read_experiment
+from llava_mini_jax.convert.tensor_files import FLOATS
+from llava_mini_jax.convert.tensor_writer import Planned, new_directory, parse_size, write_tensors
+from llava_mini_jax.convert.tokenizer_copy import copy_tokenizer
+from llava_mini_jax.sharding import make_mesh, use_mesh
+from llava_mini_jax.train.tree import abstract_model, flatten, parameter_shapes
+
+DTYPES = {'float32': FLOATS['F32'], 'bfloat16': FLOATS['BF16']}
+
+
+def export_model(
+  workdir: str | Path,
+  to: str | Path,
+  *,
+  step: int | None = None,
+  dtype: str = 'float32',
+  max_shard_size: str = '5GB',
+  progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+  """Writes the directory `to`, which must not exist or be empty; it takes its name only when it is complete.
+
+  Args:
+    step: of a trained run; None = the newest.
+    dtype: float32 (nothing is lost) or bfloat16 (rounded to the nearest).
+    progress: told each tensor's name before it is written.
+  Returns:
+    What config.json says.
+  Raises:
+    ConfigError: a model that the released package cannot compute. CheckpointError, DataError: no such run, damaged.
+  """
+  require_choice('dtype', dtype, tuple(DTYPES))
+  if not str(workdir):
+    raise ConfigError('expected --from, the directory of a run; found none')
+  shard_bytes, workdir = parse_size(max_shard_size), Path(workdir)
+  model = read_experiment(workdir, step).model
+  config, vision = to_hf_config(model, dtype)
+  rules = (RELEASED if model.compressor.kind == 'query' else LLAVA).rules()
+  planned = _planned(_reader(workdir, model, step), rules, parameter_shapes(model), DTYPES[dtype])
+  with new_directory(Path(to)) as directory:
+    copy_tokenizer(workdir / 'tokenizer', directory)
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+    (directory / VISION_CONFIG).write_text(json.dumps(vision, indent=2) + '\n')
+    write_tensors(directory, planned, max_shard_bytes=shard_bytes, progress=progress)
+  return config
+
+
+def _reader(workdir: Path, model: LlavaMiniConfig, step: int | None) -> Callable[[str], np.ndarray]:
+  """Parameters by path; indexing what it gives reads no more than is indexed."""
+  if is_imported(workdir):
+    return open_weights(workdir, model).read
+  mesh = make_mesh((1, 1, 1), devices=jax.local_devices(backend='cpu')[:1])  # the host: no accelerator is needed
+  with use_mesh(mesh):
+    shardings = nnx.to_pure_dict(nnx.get_named_sharding(abstract_model(model)[1], mesh))
+  params = flatten(load_parameters(workdir, shardings, step))
+  return lambda path: np.asarray(params[path])
+
+
+def _planned(
+  read: Callable[[str], np.ndarray],
+  rules: Mapping[str, Rule],
+  shapes: Mapping[str, tuple[int, ...]],
+  dtype: np.dtype,
+) -> list[Planned]:
+  """One tensor per layer, in the order of their names; thirds of a packed tensor one after the other."""
+  sources: dict[str, list[tuple[int, str, int | None]]] = {}
+  for path, shape in shapes.items():
+    rule = rules[path]
+    for layer in range(shape[0]) if rule.stacked else [None]:
+      sources.setdefault(rule.name.format(i=layer), []).append((rule.part or 0, path, layer))
+
+  def pieces(name: str) -> Iterable[np.ndarray]:
+    for _, path, layer in sorted(sources[name]):
+      array = read(path)
+      yield to_torch(array if layer is None else array[layer], rules[path])
+
+  return [
+    Planned(name, shape, dtype, lambda name=name: pieces(name))
+    for name, shape in sorted(wanted_tensors(rules, shapes).items())
+  ]

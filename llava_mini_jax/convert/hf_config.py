@@ -1,0 +1,252 @@
+"""The `config.json` of Hugging Face checkpoints ⇄ our config: released LLaVA-Mini, LLaVA-v1.5, Llama and CLIP.
+
+What a file leaves out has the default that `transformers` gives it. Fields that would change what the model computes,
+and that ours does not have, are refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from llava_mini_jax.config import (
+  CompressorConfig,
+  ConfigError,
+  DecoderConfig,
+  LlavaMiniConfig,
+  PrefusionConfig,
+  RopeScaling,
+  VisionConfig,
+)
+
+# Checkpoints that name their vision tower, and do not bring its config, mean one of these.
+KNOWN_TOWERS = {'openai/clip-vit-large-patch14-336': VisionConfig()}
+
+LLAMA_DEFAULTS = dict(
+  vocab_size=32000,
+  hidden_size=4096,
+  intermediate_size=11008,
+  num_hidden_layers=32,
+  num_attention_heads=32,
+  rms_norm_eps=1e-6,
+  max_position_embeddings=2048,
+  initializer_range=0.02,
+)
+CLIP_DEFAULTS = dict(
+  hidden_size=768,
+  intermediate_size=3072,
+  num_hidden_layers=12,
+  num_attention_heads=12,
+  image_size=224,
+  patch_size=32,
+  layer_norm_eps=1e-5,
+)
+_LLAMA_FIXED = dict(hidden_act='silu', attention_bias=False, mlp_bias=False)
+_CLIP_FIXED = dict(hidden_act='quick_gelu', num_channels=3)
+_LLAVA_FIXED = dict(
+  mm_projector_type='mlp2x_gelu',
+  mm_vision_select_feature='patch',
+  mm_use_im_start_end=False,
+  projector_hidden_act='gelu',
+  vision_feature_select_strategy='default',
+  multimodal_projector_bias=True,
+)
+# What a released checkpoint always is; other values compute something else.
+_RELEASED_FIXED = dict(
+  compressor=dict(kind='query', num_heads=8, space='vision', attention='mha', key_position='query_table'),
+  prefusion=dict(fuse_compressed=True),
+)
+
+
+def decoder_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
+  """From the fields of a Llama's config. Raises ConfigError for another architecture."""
+  _require('config.json', config, _LLAMA_FIXED)
+  if (kind := config.get('model_type', 'llama')) not in ('llama', 'llava', 'llava_llama', 'llava_mini_llama'):
+    raise ConfigError(f'config.json model_type: expected a llama decoder; found {kind!r}')
+  sizes = _with_defaults(config, LLAMA_DEFAULTS)
+  heads = sizes['num_attention_heads']
+  theta, scaling = _rope_from_hf(config)
+  return DecoderConfig(
+    num_key_value_heads=config.get('num_key_value_heads') or heads,
+    head_dim=config.get('head_dim') or sizes['hidden_size'] // heads,
+    rope_theta=theta,
+    rope_scaling=scaling,
+    tie_word_embeddings=config.get('tie_word_embeddings', False),
+    **sizes,
+  )
+
+
+def vision_from_hf(config: Mapping[str, Any], select_layer: int = -2) -> VisionConfig:
+  """From the fields of a CLIP vision tower's config. Raises ConfigError for another architecture."""
+  _require('vision config', config, _CLIP_FIXED)
+  if (kind := config.get('model_type', 'clip_vision_model')) not in ('clip', 'clip_vision_model'):
+    raise ConfigError(f'vision config model_type: expected clip_vision_model; found {kind!r}')
+  return VisionConfig(select_layer=select_layer, keep_unused_layers=True, **_with_defaults(config, CLIP_DEFAULTS))
+
+
+def released_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any]) -> LlavaMiniConfig:
+  """From the released `config.json` and its CLIP tower's. Raises ConfigError."""
+  _require('config.json', config, _LLAVA_FIXED)
+  missing = [name for name in ('compressor_size', 'prefusion_layer_num') if name not in config]
+  if missing:
+    raise ConfigError(f'config.json: missing {", ".join(missing)}')
+  return LlavaMiniConfig(
+    vision=vision_from_hf(vision, config.get('mm_vision_select_layer', -2)),
+    compressor=CompressorConfig(grid=config['compressor_size']),
+    prefusion=PrefusionConfig(num_layers=config['prefusion_layer_num']),
+    decoder=decoder_from_hf(config),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class HfParts:
+  """What a checkpoint's config says of each module; None = it has none, or does not say."""
+
+  decoder: DecoderConfig | None = None
+  vision: VisionConfig | None = None
+  select_layer: int = -2
+  compressor: CompressorConfig | None = None
+  prefusion: PrefusionConfig | None = None
+
+
+def parts_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None = None) -> HfParts:
+  """What any of the known `config.json` describes.
+
+  Args:
+    vision: the content of a `vision_config.json` beside it.
+  Raises:
+    ConfigError.
+  """
+  kind = config.get('model_type')
+  if kind == 'clip_vision_model':
+    return HfParts(vision=vision_from_hf(config))
+  if kind == 'clip':
+    return HfParts(vision=vision_from_hf(config.get('vision_config') or {}))
+  if kind == 'llama':
+    return HfParts(decoder=decoder_from_hf(config))
+  _require('config.json', config, _LLAVA_FIXED)
+  if 'text_config' in config:
+    select = config.get('vision_feature_layer', -2)
+    if not isinstance(select, int):
+      raise ConfigError(f'config.json vision_feature_layer: expected one layer; found {select!r}')
+    text = config['text_config'] or {}
+    tower = config.get('vision_config')
+    if tower is None:
+      raise ConfigError('config.json vision_config: missing')
+    return HfParts(decoder=decoder_from_hf(text), vision=vision_from_hf(tower, select), select_layer=select)
+  select = config.get('mm_vision_select_layer', -2)
+  tower = None
+  if vision is not None:
+    tower = vision_from_hf(vision, select)
+  elif config.get('mm_vision_tower') in KNOWN_TOWERS:
+    known = KNOWN_TOWERS[config['mm_vision_tower']]
+    tower = dataclasses.replace(known, select_layer=select, keep_unused_layers=True)
+  parts = HfParts(decoder_from_hf(config), tower, select)
+  if 'compressor_size' not in config:
+    return parts
+  return dataclasses.replace(
+    parts,
+    compressor=CompressorConfig(grid=config['compressor_size']),
+    prefusion=PrefusionConfig(num_layers=config.get('prefusion_layer_num', 4)),
+  )
+
+
+def to_hf_config(model: LlavaMiniConfig, dtype: str = 'float32') -> tuple[dict[str, Any], dict[str, Any]]:
+  """The released `config.json` and `vision_config.json`; `LlavaMiniConfig.from_hf` is the inverse.
+
+  A model without compressor and pre-fusion becomes a LLaVA-v1.5. How it trains and runs (dtype, remat, what is fused
+  at inference) is not part of the format.
+
+  Raises:
+    ConfigError: the model computes something that the released package cannot, naming every such field.
+  """
+  decoder, vision = model.decoder, model.vision
+  bare = model.compressor.kind == 'none' and not model.prefusion.num_layers
+  if not bare:
+    _require_released(model)
+  config = dict(
+    architectures=['LlavaLlamaForCausalLM' if bare else 'LlavaMiniLlamaForCausalLM'],
+    model_type='llava_llama' if bare else 'llava_mini_llama',
+    **{name: getattr(decoder, name) for name in LLAMA_DEFAULTS},
+    num_key_value_heads=decoder.num_key_value_heads,
+    head_dim=decoder.head_dim,
+    rope_theta=decoder.rope_theta,
+    rope_scaling=_rope_to_hf(decoder.rope_scaling),
+    tie_word_embeddings=decoder.tie_word_embeddings,
+    **_LLAMA_FIXED,
+    attention_dropout=0.0,
+    use_cache=True,
+    image_aspect_ratio='pad',
+    mm_hidden_size=vision.hidden_size,
+    mm_patch_merge_type='flat',
+    mm_projector_type='mlp2x_gelu',
+    mm_use_im_patch_token=False,
+    mm_use_im_start_end=False,
+    mm_vision_select_feature='patch',
+    mm_vision_select_layer=vision.select_layer,
+    mm_vision_tower=_tower_name(vision),
+    unfreeze_mm_vision_tower=True,  # else the released package takes the tower of that name, not the exported one
+    use_mm_proj=True,
+    torch_dtype=dtype,
+  )
+  if not bare:
+    config |= dict(
+      compressor_size=model.compressor.grid, prefusion_layer_num=model.prefusion.num_layers, resolution_ratio=1
+    )
+  tower = dict(
+    architectures=['CLIPVisionModel'],
+    model_type='clip_vision_model',
+    **{name: getattr(vision, name) for name in CLIP_DEFAULTS},
+    **_CLIP_FIXED,
+    torch_dtype=dtype,
+  )
+  return config, tower
+
+
+def _require(where: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+  for name, value in fixed.items():
+    if config.get(name, value) != value:
+      raise ConfigError(
+        f'{where} {name}: expected {value if isinstance(value, str) else repr(value)}; found {config[name]!r}'
+      )
+
+
+def _require_released(model: LlavaMiniConfig) -> None:
+  faults = []
+  for section, fields in _RELEASED_FIXED.items():
+    for name, value in fields.items():
+      found = getattr(getattr(model, section), name)
+      if found != value:
+        faults.append(f'{section}.{name}: expected {value!r}, found {found!r}')
+  if faults:
+    raise ConfigError(f'the released layout cannot hold this model: {"; ".join(faults)}')
+
+
+def _with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value if config.get(name) is None else config[name] for name, value in defaults.items()}
+
+
+def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
+  """From `rope_parameters` (transformers 5), else from `rope_theta` and `rope_scaling` (before). Raises ConfigError."""
+  field = 'rope_parameters' if config.get('rope_parameters') else 'rope_scaling'
+  rope = config.get(field) or {}
+  kind = rope.get('rope_type', rope.get('type', 'default' if field == 'rope_parameters' else 'llama3'))
+  if kind not in ('llama3', 'default'):
+    raise ConfigError(f'config.json {field}: expected type llama3 or null; found {kind!r}')
+  names = [f.name for f in dataclasses.fields(RopeScaling)] if kind == 'llama3' else []
+  scaling = RopeScaling(**{name: rope[name] for name in names if name in rope})
+  return rope.get('rope_theta') or config.get('rope_theta') or 10000.0, scaling
+
+
+def _rope_to_hf(scaling: RopeScaling) -> dict[str, Any] | None:
+  return None if scaling.factor == 1.0 else dict(rope_type='llama3', **dataclasses.asdict(scaling))
+
+
+def _tower_name(vision: VisionConfig) -> str:
+  """The known tower of this shape, which the released package asks for by name."""
+  sizes = {name: getattr(vision, name) for name in CLIP_DEFAULTS}
+  for name, known in KNOWN_TOWERS.items():
+    if all(getattr(known, field) == value for field, value in sizes.items()):
+      return name
+  return 'vision_config.json'

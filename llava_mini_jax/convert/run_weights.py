@@ -1,0 +1,178 @@
+"""Parameters of a run by path, read straight to a mesh: of an imported run from `weights/`, else from its checkpoints.
+
+An imported run is a directory with `tokenizer/` and `weights/`: safetensors shards whose tensors are our parameters,
+float32, under their paths, with `experiment.json` and SHA256SUMS. It is not an Orbax checkpoint because Orbax takes
+whole arrays, so that writing one would need the model in memory; a shard is written layer by layer, and every device
+reads its own slice of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.convert.tensor_files import TensorFiles, read_json
+from llava_mini_jax.convert.tensor_writer import Planned, write_tensors
+from llava_mini_jax.experiment import Experiment
+from llava_mini_jax.sharding import use_mesh
+from llava_mini_jax.train.checkpoint import CheckpointError, Checkpoints
+from llava_mini_jax.train.tree import abstract_model, flatten, parameter_shapes, unflatten
+
+WEIGHTS, EXPERIMENT, CHECKPOINTS = 'weights', 'experiment.json', 'checkpoints'
+
+
+def is_imported(workdir: Path) -> bool:
+  """Whether the run's parameters are in `weights/`: it has not been trained since."""
+  return (Path(workdir) / WEIGHTS).is_dir() and not (Path(workdir) / CHECKPOINTS).is_dir()
+
+
+def write_run(
+  workdir: Path,
+  experiment: Experiment,
+  planned: Sequence[Planned],
+  *,
+  max_shard_bytes: int,
+  progress: Callable[[str], None],
+) -> None:
+  """Writes `weights/` under `workdir`: every parameter of the experiment's model, by path."""
+  directory = workdir / WEIGHTS
+  directory.mkdir()
+  write_tensors(directory, planned, max_shard_bytes=max_shard_bytes, progress=progress)
+  (directory / EXPERIMENT).write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
+
+
+def read_experiment(workdir: Path, step: int | None = None) -> Experiment:
+  """What the run's parameters belong to. Raises CheckpointError if there are none, or none of that step."""
+  workdir = Path(workdir)
+  if is_imported(workdir):
+    if step:
+      raise CheckpointError(f'no checkpoint of step {step} in {workdir}: it was imported, and is at step 0')
+    return Experiment.from_dict(read_json(workdir / WEIGHTS / EXPERIMENT))
+  if not (workdir / CHECKPOINTS).is_dir():
+    raise CheckpointError(f'no checkpoint: {workdir / CHECKPOINTS} is not a directory')
+  with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+    return Experiment.from_dict(checkpoints.meta(step)['config'])
+
+
+def open_weights(workdir: Path, model: LlavaMiniConfig, *, verify: bool = True) -> TensorFiles:
+  """The parameters of an imported run by path.
+
+  Args:
+    verify: compare every shard with its checksum, which reads it whole.
+  Raises:
+    CheckpointError: other parameters than the model has; lists all of them. DataError: damaged files.
+  """
+  files = TensorFiles(Path(workdir) / WEIGHTS)
+  shapes = parameter_shapes(model)
+  faults = [f'{path}: missing' for path in sorted(shapes.keys() - files.tensors.keys())]
+  faults += [f'{path}: unexpected' for path in sorted(files.tensors.keys() - shapes.keys())]
+  for path in sorted(shapes.keys() & files.tensors.keys()):
+    expected = f'F32{list(shapes[path])}'
+    if str(files.tensors[path]) != expected:
+      faults.append(f'{path}: expected {expected}, found {files.tensors[path]}')
+  if faults:
+    raise CheckpointError(f'{files.path} does not fit its {EXPERIMENT}:\n  ' + '\n  '.join(faults))
+  if verify:
+    files.verify()
+  return files
+
+
+def load_parameters(
+  workdir: Path, shardings: Mapping[str, Any], step: int | None = None, *, verify: bool = True
+) -> dict[str, Any]:
+  """Every parameter of a run, straight to its sharding: a process reads what its devices hold and no more.
+
+  Args:
+    shardings: NamedSharding of every parameter, nested like them.
+    step: of a trained run; None = the newest.
+    verify: compare the files of an imported run with their checksums first.
+  Raises:
+    CheckpointError, DataError: no such run, damaged, or with other parameters than `shardings` names.
+  """
+  workdir = Path(workdir)
+  if not is_imported(workdir):
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+      return checkpoints.restore_parameters(dict(shardings), step)
+  files = open_weights(workdir, read_experiment(workdir, step).model, verify=verify)
+  where = flatten(shardings)
+  if where.keys() != files.tensors.keys():
+    missing, unexpected = sorted(where.keys() - files.tensors.keys()), sorted(files.tensors.keys() - where.keys())
+    raise CheckpointError(f'{files.path}: missing {missing}, unexpected {unexpected}')
+  return unflatten({path: _load(files, path, files.tensors[path].shape, where[path]) for path in where})
+
+
+def starting_parameters(
+  workdir: Path, model: LlavaMiniConfig, mesh: Mesh, step: int | None = None
+) -> dict[str, jax.Array]:
+  """What training of `model` starts from, by path: every parameter of the modules that the run in `workdir` has too.
+
+  A vision tower without its unused last layers takes the first ones of a whole tower. A pre-fusion that the run does
+  not have is copied from its decoder if `model.prefusion.init` says so; other modules that it does not have are left
+  out, to stay as they are initialised. Optimizer and step are not read.
+
+  Raises:
+    CheckpointError: parameters of a shared module that are missing, unexpected or misshaped; lists all of them.
+  """
+  stored = parameter_shapes(source := read_experiment(workdir, step).model)
+  with use_mesh(mesh):
+    where = flatten(nnx.to_pure_dict(nnx.get_named_sharding(abstract_model(model)[1], mesh)))
+  wanted, modules = parameter_shapes(model), {path.split('/')[0] for path in stored}
+  origin = {path: path for path in wanted if path.split('/')[0] in modules}
+  if 'prefusion' not in modules and model.prefusion.init == 'decoder':
+    copies = [path for path in wanted if path.startswith('prefusion/')]
+    origin |= {path: path.replace('prefusion/', 'decoder/', 1) for path in copies}
+  _compare(workdir, {path: wanted[path] for path in origin}, origin, stored)
+
+  if is_imported(workdir):
+    files = open_weights(workdir, source)
+    return {path: _load(files, origin[path], wanted[path], where[path]) for path in origin}
+  with use_mesh(mesh):
+    all_shardings = nnx.to_pure_dict(nnx.get_named_sharding(abstract_model(source)[1], mesh))
+  loaded = flatten(load_parameters(workdir, all_shardings, step))
+  return {path: _first_layers(loaded[origin[path]], wanted[path], where[path]) for path in origin}
+
+
+def _compare(
+  workdir: Path,
+  wanted: Mapping[str, tuple[int, ...]],
+  origin: Mapping[str, str],
+  stored: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Raises CheckpointError unless all that is wanted is there, in its shape or with more layers where that is fine."""
+  faults = []
+  for path, shape in sorted(wanted.items()):
+    found = stored.get(origin[path])
+    # More layers than wanted are those of a tower that never run, or those of a decoder that pre-fusion copies.
+    may_be_cut = path.startswith('vision/layers/') or path != origin[path]
+    if found is None:
+      faults.append(f'{path}: missing')
+    elif found != shape and not (may_be_cut and found[1:] == shape[1:] and found[0] > shape[0]):
+      faults.append(f'{path}: expected {list(shape)}, found {list(found)}')
+  modules = {path.split('/')[0] for path in wanted}
+  unused = {
+    path for path in stored if path.startswith('vision/post_layernorm/')
+  }  # as the layers after the selected one
+  extra = {path for path in stored if path.split('/')[0] in modules} - set(origin.values()) - unused
+  faults += [f'{path}: unexpected' for path in sorted(extra)]
+  if faults:
+    raise CheckpointError(f'{workdir} does not fit this model:\n  ' + '\n  '.join(faults))
+
+
+def _load(files: TensorFiles, path: str, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+  """A parameter of `shape`: the stored one, or its first layers."""
+  stored = files.read(path)
+  stored = stored[: shape[0]] if stored.shape != shape else stored
+  # A copy, not the mapping itself: what JAX holds may be donated and written to.
+  return jax.make_array_from_callback(shape, sharding, lambda index: np.array(stored[index]))
+
+
+def _first_layers(array: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+  return jax.device_put(array if array.shape == shape else array[: shape[0]], sharding)

@@ -1,0 +1,294 @@
+"""Fewer places that are padding: several whole samples in one row, or shorter rows for batches of short samples.
+
+Enters: how many tokens and visuals every record needs, and rows of one sample each from `rows.build_row`. Leaves: which
+records share a row or a batch, and those rows. Packing changes nothing for a sample: `segment_ids` keep the samples of
+a row from seeing each other, positions restart, and each visual keeps the text it is fused with and its slots.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import transformers
+
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig
+from llava_mini_jax.data.conversation import MEDIA_TAG, VIDEO_TAG, encode, load_template, turns_from_llava
+from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.mixture import length_grouped, permutation, samples_of
+from llava_mini_jax.data.records import Record
+from llava_mini_jax.data.rows import RowShape
+from llava_mini_jax.data.video import FrameSampler, read_frames
+
+Row = dict[str, np.ndarray]
+
+_BY_TOKEN = ('tokens', 'targets', 'loss_mask', 'positions')
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSize:
+  """Record -> (tokens with vision slots, visuals), exactly as `samples.RowTransform` lays it out.
+
+  Images are not decoded; videos are, unless the sampler says at once how many frames there will be.
+
+  Attributes:
+    tokenizer, template, system, model, row: as the arguments of `pipeline.make_iterator`.
+    sampler: of `media.MediaProcessor`.
+  """
+
+  tokenizer: transformers.PreTrainedTokenizerFast
+  template: str | os.PathLike
+  system: str | None
+  model: LlavaMiniConfig
+  row: RowShape
+  sampler: FrameSampler = FrameSampler()
+
+  def __call__(self, record: Record) -> tuple[int, int]:
+    """Raises DataError as `conversation.encode` and `video.read_frames`; E_IMAGE_TAGS if tags and media differ."""
+    where = f'sample {record["id"]!r}'
+    turns = turns_from_llava(record['conversations'], where)
+    tags = [tag for turn in turns for tag in MEDIA_TAG.findall(turn['content'])]
+    media = record['media']
+    if len(tags) != len(media):
+      expected = f'expected {len(media)} <image> or <video> tag(s) for its media; found {len(tags)}'
+      raise DataError('E_IMAGE_TAGS', where, expected)
+    visuals = sum(self._visuals(tag, data, where) for tag, data in zip(tags, media, strict=True))
+    ids = encode(self.tokenizer, load_template(self.template), turns, system=self.system, where=where).ids
+    untagged = int(not tags and self.model.text_only == 'zero_image')
+    return len(ids) - len(tags) + visuals * self.row.tokens_per_visual, visuals + untagged
+
+  def _visuals(self, tag: str, data: bytes | Path, where: str) -> int:
+    if tag != VIDEO_TAG:
+      return 1
+    if self.sampler.count and self.sampler.rule == 'timestamp':
+      return self.sampler.count
+    return sum(1 for _ in read_frames(data, self.sampler, f'{where}: video'))
+
+
+def record_sizes(
+  source: Sequence[Record], size_of: Callable[[Record], tuple[int, int]], *, workers: int = 0
+) -> np.ndarray:
+  """(tokens, visuals) of every record, int32[len(source) 2]; reads each once.
+
+  Args:
+    workers: processes that share the work; the result is the same. They are spawned, so source and `size_of` travel by
+      pickle and the main module needs its `if __name__ == '__main__'`. 0 = none.
+  Raises:
+    DataError: what is wrong with the first bad record.
+  """
+  if not workers:
+    return _sizes(source, size_of, 0, len(source))
+  bounds = [len(source) * i // (8 * workers) for i in range(8 * workers + 1)]
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    parts = pool.map(_sizes, itertools.repeat(source), itertools.repeat(size_of), bounds[:-1], bounds[1:])
+    return np.concatenate(list(parts))
+
+
+def _sizes(source: Sequence[Record], size_of: Callable, start: int, stop: int) -> np.ndarray:
+  return np.array([size_of(source[i]) for i in range(start, stop)], np.int32).reshape(-1, 2)
+
+
+def plan(sizes: np.ndarray, capacity: tuple[int, int], *key: int | str, window: int = 512) -> list[tuple[int, ...]]:
+  """Which samples share a row: first-fit decreasing among each `window` samples of a shuffled order.
+
+  Args:
+    sizes: int[n 2], (tokens, visuals) of every sample. capacity: of a row.
+    key: the seed and the epoch; the plan depends on nothing else.
+    window: samples packed together; more = fuller rows, and a row's samples are less random.
+  Returns:
+    Groups of indices in random order; every sample is in one of them, once.
+  Raises:
+    DataError: E_TOO_LONG for a sample that fits no row.
+  """
+  check_sizes(sizes, capacity, lambda i: f'sample {i}')
+  share = (sizes / np.maximum(capacity, 1)).max(axis=1)
+  order = permutation(len(sizes), 'pack', *key)
+  rows: list[list[int]] = []
+  for start in range(0, len(order), window):
+    members = order[start : start + window]
+    members = members[np.argsort(-share[members], kind='stable')]
+    rows += _first_fit(members.tolist(), sizes[members].tolist(), capacity)
+  return [tuple(rows[i]) for i in permutation(len(rows), 'rows', *key)]
+
+
+def _first_fit(members: Sequence[int], sizes: Sequence[Sequence[int]], capacity: tuple[int, int]) -> list[list[int]]:
+  """Each in the first row that has room for it."""
+  rows: list[list[int]] = []
+  free: list[list[int]] = []  # room of the rows, (tokens, visuals)
+  for i, (tokens, visuals) in zip(members, sizes, strict=True):
+    at = next((at for at, room in enumerate(free) if tokens <= room[0] and visuals <= room[1]), len(rows))
+    if at == len(rows):
+      rows.append([])
+      free.append(list(capacity))
+    rows[at].append(i)
+    free[at][0] -= tokens
+    free[at][1] -= visuals
+  return rows
+
+
+def check_sizes(sizes: np.ndarray, capacity: tuple[int, int], name: Callable[[int], str]) -> None:
+  """Raises DataError E_TOO_LONG naming the first sample that fits no row."""
+  for i in np.flatnonzero((sizes > np.asarray(capacity)).any(axis=1))[:1]:
+    tokens, visuals = sizes[i]
+    message = f'expected at most {capacity[0]} tokens and {capacity[1]} visual(s); found {tokens} and {visuals}'
+    raise DataError('E_TOO_LONG', name(i), message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """epoch -> groups of record indices as `plan`; an order for `mixture.Epochs`.
+
+  Attributes:
+    sizes: int[len(source) 2], from `record_sizes`.
+  Raises:
+    DataError: E_TOO_LONG naming a sample that fits no row.
+  """
+
+  source: Sequence[Record]
+  sizes: np.ndarray
+  row: RowShape
+  seed: int
+
+  def __post_init__(self):
+    check_sizes(self.sizes, (self.row.length, self.row.visuals), lambda i: f'sample {self.source[int(i)]["id"]!r}')
+
+  def __call__(self, epoch: int) -> list[tuple[int, ...]]:
+    found = samples_of(self.source, epoch)
+    groups = plan(self.sizes[found], (self.row.length, self.row.visuals), self.seed, epoch)
+    return [tuple(found[list(group)].tolist()) for group in groups]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+  """epoch -> record indices as `mixture.length_grouped`, text-only samples apart; an order for `mixture.Epochs`.
+
+  Attributes:
+    sizes: int[len(source) 2], from `record_sizes`.
+    row: what a row may hold at most.
+    lengths: ascending, up to row.length. If given, the order gives (index, length, visuals): the first of them that
+      holds all samples of the batch, and `text_visuals` for a batch of text only, so that a step does less; each pair
+      is compiled once.
+    text_visuals: with 0 a batch of text only never runs the vision tower, but its text is not detached either: a model
+      with `detach_text` needs 1.
+  Raises:
+    ConfigError: lengths that do not end in row.length.
+    DataError: E_TOO_LONG naming a sample that fits no row.
+  """
+
+  source: Sequence[Record]
+  sizes: np.ndarray
+  batch_size: int
+  row: RowShape
+  seed: int
+  lengths: tuple[int, ...] = ()
+  text_visuals: int = 0
+
+  def __post_init__(self):
+    if self.lengths and (list(self.lengths) != sorted(set(self.lengths)) or self.lengths[-1] != self.row.length):
+      raise ConfigError(f'lengths: expected ascending numbers up to {self.row.length}; found {self.lengths}')
+    check_sizes(self.sizes, (self.row.length, self.row.visuals), lambda i: f'sample {self.source[int(i)]["id"]!r}')
+
+  def __call__(self, epoch: int) -> Sequence[int | tuple[int, int, int]]:
+    found = samples_of(self.source, epoch)
+    tokens, visuals = self.sizes[found].T
+    found = found[length_grouped(tokens, self.batch_size, self.seed, epoch, apart=visuals == 0)]
+    if not self.lengths:
+      return found
+    longest, most = self.sizes[found].reshape(-1, self.batch_size, 2).max(axis=1).T
+    lengths = np.asarray(self.lengths)[np.searchsorted(self.lengths, longest)]
+    shapes = np.stack([lengths, np.where(most > 0, self.row.visuals, self.text_visuals)], axis=1).repeat(
+      self.batch_size, axis=0
+    )
+    return [tuple(item) for item in np.column_stack([found, shapes]).tolist()]
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedRows:
+  """(record index, length, visuals), and random numbers -> its row at that length, with so many visuals."""
+
+  transform: Callable[[int, np.random.Generator], Row]
+  row: RowShape
+
+  def __call__(self, item: tuple[int, int, int], rng: np.random.Generator) -> Row:
+    index, length, visuals = item
+    fused_text = min(length, self.row.fused_text)
+    shape = dataclasses.replace(self.row, length=length, visuals=visuals, fused_text=fused_text)
+    return pack_rows([self.transform(index, rng)], shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+  """Group of record indices, and random numbers -> a packed row. `transform`: one index -> its row, as RowTransform."""
+
+  transform: Callable[[int, np.random.Generator], Row]
+  row: RowShape
+
+  def __call__(self, group: Sequence[int], rng: np.random.Generator) -> Row:
+    return pack_rows([self.transform(i, rng) for i in group], self.row)
+
+
+def pack_rows(rows: Sequence[Row], shape: RowShape) -> Row:
+  """Joins rows into one: tokens, positions and pixels as they are, one after the other; every index moves along.
+
+  Args:
+    rows: at least one, from `rows.build_row`, with or without pixels [M V H W 3] and branch_ids; of any length. They
+      may be packed themselves.
+    shape: of the result.
+  Returns:
+    The fields of the rows; branch_ids if one of them has it.
+  Raises:
+    DataError: E_TOO_LONG if tokens, visuals or the fused text of one of them do not fit.
+  """
+  used = [(int((row['segment_ids'] > 0).sum()), _present(row)) for row in rows]
+  tokens, visuals = (sum(column) for column in zip(*used, strict=True))
+  fused = max(int(row['fuse_mask'].sum(axis=1).max(initial=0)) for row in rows)
+  for name, most, found in (
+    ('tokens', shape.length, tokens),
+    ('visuals', shape.visuals, visuals),
+    ('instruction tokens to fuse', shape.fused_text, fused),
+  ):
+    if found > most:
+      raise DataError('E_TOO_LONG', f'a row of {len(rows)} samples', f'expected at most {most} {name}; found {found}')
+
+  packed = _empty(rows, shape)
+  start = first = segments = 0
+  for row, (length, count) in zip(rows, used, strict=True):
+    at, to = slice(start, start + length), slice(first, first + count)
+    for name in _BY_TOKEN:
+      packed[name][at] = row[name][:length]
+    packed['segment_ids'][at] = row['segment_ids'][:length] + segments
+    if 'branch_ids' in row:
+      packed['branch_ids'][at] = row['branch_ids'][:length]
+    if 'pixels' in row:
+      packed['pixels'][to] = row['pixels'][:count]
+    for name in ('fuse_index', 'slot_index'):
+      index = row[name][:count, : packed[name].shape[1]]
+      packed[name][to, : index.shape[1]] = np.where(index < len(row['tokens']), index + start, shape.length)
+    start, first, segments = start + length, first + count, packed['segment_ids'][at].max(initial=segments)
+  packed['fuse_mask'] = packed['fuse_index'] < shape.length
+  return packed
+
+
+def _present(row: Row) -> int:
+  """How many visuals the row has: those up to the last that touches a place of it."""
+  touches = row['fuse_mask'].any(axis=1) | (row['slot_index'] < len(row['tokens'])).any(axis=1)
+  return int(np.flatnonzero(touches).max(initial=-1)) + 1
+
+
+def _empty(rows: Sequence[Row], shape: RowShape) -> Row:
+  like = rows[0]
+  packed = {name: np.zeros(shape.length, like[name].dtype) for name in (*_BY_TOKEN, 'segment_ids')}
+  packed['fuse_index'] = np.full((shape.visuals, shape.fused_text), shape.length, np.int32)
+  packed['slot_index'] = np.full((shape.visuals, shape.tokens_per_visual), shape.length, np.int32)
+  if 'pixels' in like:
+    packed['pixels'] = np.zeros((shape.visuals, *like['pixels'].shape[1:]), like['pixels'].dtype)
+  if any('branch_ids' in row for row in rows):
+    packed['branch_ids'] = np.zeros(shape.length, np.int32)
+  return packed

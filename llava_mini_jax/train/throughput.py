@@ -1,0 +1,50 @@
+"""How fast a run is, between two looks at the clock; counts the shapes the device computes, so padding is included."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+from llava_mini_jax.analyze.flops import peak_flops, training_flops
+from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.train.step import Trainer
+from llava_mini_jax.train.tree import flatten
+from llava_mini_jax.types import Batch
+
+
+class Throughput:
+  def __init__(self, config: LlavaMiniConfig, trainer: Trainer):
+    trains = {path.split('/')[0] for path in flatten(trainer.abstract['params']) if path != 'decoder/embed_tokens'}
+    self._flops_of = functools.cache(lambda sizes: training_flops(config, trains=trains, **dict(sizes)))
+    self._peak = peak_flops(config.dtype)
+    self._time: float | None = None
+    self._reset()
+
+  def _reset(self) -> None:
+    self._steps, self._tokens, self._images, self._flops = 0, 0, 0, 0.0
+
+  def count(self, batch: Batch) -> None:
+    """A step on this global batch."""
+    rows, length = batch.tokens.shape
+    visuals, views = batch.pixels.shape[1:3]
+    sizes = dict(rows=rows, length=length, visuals=visuals, views=views, fused_text=batch.fuse_index.shape[2])
+    self._steps += 1
+    self._tokens += rows * length
+    self._images += rows * visuals
+    self._flops += self._flops_of(tuple(sizes.items()))
+
+  def since_last(self) -> dict[str, float]:
+    """{} the first time, which would time the compilation."""
+    now, before = time.perf_counter(), self._time
+    self._time = now
+    found = {}
+    if before is not None:
+      seconds = now - before
+      found = dict(
+        steps_per_second=self._steps / seconds,
+        tokens_per_second=self._tokens / seconds,
+        images_per_second=self._images / seconds,
+        mfu=self._flops / seconds / self._peak,
+      )
+    self._reset()
+    return found

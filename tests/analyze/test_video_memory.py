@@ -1,0 +1,41 @@
+"""Memory is flat in the number of frames if they are encoded in chunks, and grows with them if not."""
+
+from __future__ import annotations
+
+from small_model import small_config
+
+from llava_mini_jax.analyze.video_memory import describe, memory_by_frames, video_row
+
+FRAMES = (16, 256)
+
+
+def temporary(chunk: int) -> tuple[int, int]:
+  config = small_config(visual_chunk=chunk)
+  few, many = memory_by_frames(config, FRAMES[::-1], run=False, text=8)
+  assert (few['frames'], many['frames']) == FRAMES
+  pixels = config.vision.image_size**2 * 3
+  assert 240 * pixels < many['argument_bytes'] - few['argument_bytes'] < 250 * pixels
+  return few['temporary_bytes'], many['temporary_bytes']
+
+
+def test_memory_by_frames():
+  few, many = temporary(8)
+  row = 240 * 24 * 4  # float32 tokens of the further frames
+  assert many - few < 6 * row
+  assert many < 1.6 * few
+  few, many = temporary(0)
+  assert many > 8 * few
+
+
+def test_a_video_that_is_encoded():
+  (found,) = memory_by_frames(small_config(visual_chunk=8), [20], run=True, text=8)
+  assert found['output_bytes'] == 28 * 24 * 4
+  assert found['peak_resident_bytes'] > found['temporary_bytes'] > 0
+  table = describe([found]).splitlines()
+  assert table[0].split()[:3] == ['frames', 'argument', 'output'] and table[1].split()[0] == '20'
+
+
+def test_the_row_is_a_video_and_a_text():
+  row = video_row(small_config(), 5, text=3)
+  assert row.slot_index.tolist() == [[[0], [1], [2], [3], [4]]]
+  assert (row.fuse_index == [[[5, 6, 7]]]).all() and row.pixels.shape == (1, 5, 1, 32, 32, 3)

@@ -1,0 +1,428 @@
+"""A packed row is its samples as they would be alone, moved; rows are nearly full, and every sample is in one, once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from small_model import lay_out, quick_jit, random_params, random_sample, small_config, with_params
+from test_pipeline import MODEL, RECORDS, ROW, TOKENIZER, assert_equal, interleave, iterate, take
+
+from llava_mini_jax.config import ConfigError
+from llava_mini_jax.data.augment import Augment
+from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.images import ImageProcessor
+from llava_mini_jax.data.media import MediaProcessor
+from llava_mini_jax.data.mixture import Epochs, Mixture, parse
+from llava_mini_jax.data.packing import Grouped, Packed, SampleSize, pack_rows, plan, record_sizes
+from llava_mini_jax.data.pipeline import device_batches
+from llava_mini_jax.data.records import open_split, write
+from llava_mini_jax.data.rows import RowShape, build_row
+from llava_mini_jax.data.video import FrameSampler
+from llava_mini_jax.sharding import batch_sharding, make_mesh
+from llava_mini_jax.train.loss import next_token_loss
+from llava_mini_jax.types import IMAGE_TOKEN_ID as IMG
+from llava_mini_jax.types import Batch
+
+NO, YES = False, True
+BY_TOKEN = ('tokens', 'targets', 'loss_mask', 'positions')
+SHAPE = RowShape(length=20, visuals=5, fused_text=6, tokens_per_visual=2)
+
+
+def row(ids, learn, shape=SHAPE, **options):
+  built = build_row(np.array(ids, np.int32), np.array(learn, bool), shape, where='sample', **options)
+  pixels = np.random.default_rng(len(ids)).integers(0, 255, (shape.visuals, 1, 4, 4, 3)).astype(np.uint8)
+  return {**built, 'pixels': pixels}
+
+
+def test_two_samples_by_hand():
+  small = RowShape(length=6, visuals=1, fused_text=3, tokens_per_visual=2)
+  first, second = row([5, IMG, 6, 7], [NO, NO, NO, YES], small), row([8, IMG, 9], [NO, NO, YES])
+  out = pack_rows([first, second], dataclasses.replace(SHAPE, length=11, visuals=3, fused_text=2))
+  expected = {
+    'tokens': [5, 0, 0, 6, 7, 8, 0, 0, 9, 0, 0],
+    'targets': [0, 0, 6, 7, 0, 0, 0, 9, 0, 0, 0],
+    'loss_mask': [NO, NO, NO, YES, NO, NO, NO, YES, NO, NO, NO],
+    'segment_ids': [1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
+    'positions': [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0],
+    'fuse_index': [[0, 3], [5, 11], [11, 11]],
+    'fuse_mask': [[YES, YES], [YES, NO], [NO, NO]],
+    'slot_index': [[1, 2], [6, 7], [11, 11]],
+    'pixels': [first['pixels'][0], second['pixels'][0], np.zeros((1, 4, 4, 3))],
+  }
+  assert out.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(out[name], value, err_msg=name)
+    assert out[name].dtype == first[name].dtype, name
+
+
+ROWS = [
+  row([3, IMG, 4, 5], [NO, NO, NO, YES]),
+  row([6, 7, 8], [NO, YES, YES]),  # text alone
+  row([IMG, 9, IMG, 4], [NO, NO, NO, YES], visuals_per_tag=[1, 2]),
+  row([2, 3], [NO, YES], untagged=1),  # a visual without slots
+  row([IMG, 1, 2], [YES] * 3),  # a visual that is fused with nothing
+]
+BRANCHED = row([IMG, 3, 4, 5, 6, 7], [NO, NO, NO, YES, NO, YES], branch=np.array([0, 0, 1, 1, 2, 2]))
+BIG = dataclasses.replace(SHAPE, length=40, visuals=9)
+
+
+def test_every_field_is_that_of_the_sample_moved():
+  rows = [*ROWS, BRANCHED]
+  out = pack_rows(rows, BIG)
+  start = first = 0
+  for number, (one, visuals) in enumerate(zip(rows, (1, 0, 3, 1, 1, 1), strict=True), start=1):
+    length = one['segment_ids'].sum()
+    at, of = slice(start, start + length), slice(first, first + visuals)
+    for name in BY_TOKEN:
+      np.testing.assert_array_equal(out[name][at], one[name][:length], err_msg=f'{number} {name}')
+    assert (out['segment_ids'][at] == number).all()
+    np.testing.assert_array_equal(out['branch_ids'][at], one.get('branch_ids', np.zeros(20))[:length])
+    np.testing.assert_array_equal(out['pixels'][of], one['pixels'][:visuals])
+    np.testing.assert_array_equal(out['fuse_mask'][of], one['fuse_mask'][:visuals])
+    for name in ('fuse_index', 'slot_index'):
+      index = one[name][:visuals].astype(int)
+      np.testing.assert_array_equal(out[name][of], np.where(index < 20, index + start, 40), err_msg=f'{number} {name}')
+    start, first = start + length, first + visuals
+  assert not out['segment_ids'][start:].any() and not out['tokens'][start:].any() and not out['loss_mask'][start:].any()
+  assert (out['fuse_index'][first:] == 40).all() and (out['slot_index'][first:] == 40).all()
+  assert 'branch_ids' not in pack_rows(ROWS, BIG)
+
+
+def test_a_row_alone_stays_as_it_is():
+  for one in [*ROWS, BRANCHED]:
+    present = (one['fuse_mask'].any(1) | (one['slot_index'] < 20).any(1)).sum()
+    out = pack_rows([one], SHAPE)
+    assert_equal([{**out, 'pixels': out['pixels'][:present]}], [{**one, 'pixels': one['pixels'][:present]}])
+
+
+def test_packed_rows_are_packed_again():
+  nested = pack_rows([pack_rows(ROWS[:2], SHAPE), ROWS[2], pack_rows(ROWS[3:], SHAPE)], BIG)
+  assert_equal([nested], [pack_rows(ROWS, BIG)])
+
+
+@pytest.mark.parametrize(
+  ('shape', 'message'),
+  [
+    (dataclasses.replace(BIG, length=21), 'expected at most 21 tokens; found 22'),
+    (dataclasses.replace(BIG, visuals=5), 'expected at most 5 visuals; found 6'),
+    (dataclasses.replace(BIG, fused_text=1), 'expected at most 1 instruction tokens to fuse; found 2'),
+  ],
+)
+def test_rows_that_do_not_fit(shape, message):
+  with pytest.raises(DataError) as error:
+    pack_rows(ROWS, shape)
+  assert str(error.value) == f'E_TOO_LONG: a row of 5 samples: {message}'
+
+
+def test_the_model_sees_no_difference():
+  """Logits and loss; and it would, without segments or with the visuals of another."""
+  config = small_config()
+  samples = [
+    random_sample(config, 1, text=(3, 4), visuals=(1,)),
+    random_sample(config, 2, text=(5,), visuals=()),
+    random_sample(config, 3, text=(2, 3, 1), visuals=(1, 2)),
+    random_sample(config, 4, text=(0, 6), visuals=(1,), answer=5),
+  ]
+  apart = lay_out(config, samples, length=20, visuals=3, fused_text=10)
+  fields = [field.name for field in dataclasses.fields(Batch) if field.name != 'branch_ids']
+  rows = [{name: getattr(apart, name)[i] for name in fields} for i in range(4)]
+  shape = RowShape.for_model(config, length=50, visuals=6, fused_text=10)
+  packed = Batch(**{name: array[None] for name, array in pack_rows(rows, shape).items()})
+  model = with_params(config, random_params(config))
+  forward = quick_jit(lambda batch: model(batch))
+  with jax.default_matmul_precision('highest'):
+    together, separate = np.asarray(forward(packed))[0], np.asarray(forward(apart))
+    unsegmented = dataclasses.replace(packed, segment_ids=np.minimum(packed.segment_ids, 1))
+    exchanged = dataclasses.replace(packed, pixels=packed.pixels[:, [1, 0, 2, 3, 4, 5]])
+    merged, wrong = (np.asarray(forward(batch))[0] for batch in (unsegmented, exchanged))
+  for number in range(4):
+    own, there = packed.segment_ids[0] == number + 1, apart.segment_ids[number] > 0
+    np.testing.assert_allclose(together[own], separate[number][there], rtol=0, atol=1e-5, err_msg=f'sample {number}')
+    assert np.ptp(together[own]) > 1
+    if number:
+      assert np.abs(merged[own] - together[own]).max() > 1e-2
+  assert np.abs(wrong - together)[packed.segment_ids[0] == 1].max() > 1e-2
+  losses = [
+    float(next_token_loss(logits, batch.targets, batch.loss_mask)[0])
+    for logits, batch in ((together[None], packed), (separate, apart))
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-6)
+  assert packed.loss_mask.sum() == apart.loss_mask.sum() == 3 * 3 + 5
+
+
+def mix_of_lengths(count: int, seed: int = 0) -> np.ndarray:
+  """60 to 400 tokens, 9 in 10 with an image."""
+  rng = np.random.default_rng(seed)
+  return np.stack([rng.integers(60, 401, count), rng.random(count) < 0.9], axis=1)
+
+
+@pytest.mark.parametrize('count', [300, 5000])
+def test_rows_are_nearly_full(count):
+  sizes = mix_of_lengths(count)
+  groups = plan(sizes, (2048, 16), 0, 0)
+  used = np.array([sizes[list(group)].sum(axis=0) for group in groups])
+  assert (used <= (2048, 16)).all()
+  assert used[:, 0].sum() / (2048 * len(groups)) >= (0.95 if count > 1000 else 0.9)
+  assert sorted(itertools.chain(*groups)) == list(range(count))
+
+
+def test_visuals_fill_rows_as_tokens_do():
+  sizes = mix_of_lengths(2000)
+  sizes[:, 1] *= 2
+  groups = plan(sizes, (4096, 8), 0)
+  used = np.array([sizes[list(group)].sum(axis=0) for group in groups])
+  assert (used <= (4096, 8)).all() and used[:, 1].sum() / (8 * len(groups)) > 0.95
+  assert sorted(itertools.chain(*groups)) == list(range(2000))
+  assert plan(np.array([[5, 0], [5, 0]]), (10, 0), 0) in ([(0, 1)], [(1, 0)])
+
+
+def test_first_fit_decreasing_by_hand():
+  """7 opens a row, 6 another, 4 fits the second, 3 the first, 2 neither."""
+  sizes = np.array([[2, 0], [7, 0], [3, 0], [6, 0], [4, 0]])
+  assert sorted(plan(sizes, (10, 1), 0)) == [(0,), (1, 2), (3, 4)]
+
+
+def test_a_plan_is_that_of_its_key():
+  sizes = mix_of_lengths(800)
+  plans = [plan(sizes, (2048, 16), *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0))]
+  assert plans[0] == plans[1]
+  company = [{frozenset(group) for group in groups} for groups in plans[1:]]
+  assert all(len(a & b) < 10 for a, b in itertools.combinations(company, 2))  # of about 90
+
+
+def test_rows_come_in_random_order():
+  """First-fit decreasing fills the first with few long samples, the last with many short ones."""
+  groups = plan(mix_of_lengths(5000), (2048, 16), 0, window=5000)
+  count = np.array([len(group) for group in groups])
+  assert abs(np.corrcoef(count, np.arange(len(count)))[0, 1]) < 0.15
+
+
+def test_a_sample_that_fits_no_row():
+  with pytest.raises(DataError) as error:
+    plan(np.array([[5, 1], [11, 1], [5, 3]]), (10, 2), 0)
+  assert str(error.value) == 'E_TOO_LONG: sample 1: expected at most 10 tokens and 2 visual(s); found 11 and 1'
+
+
+SIZE_OF = SampleSize(TOKENIZER, 'chatml', None, MODEL, ROW)
+SIZES = record_sizes(RECORDS, SIZE_OF)
+WIDE = RowShape.for_model(MODEL, length=240, visuals=4, fused_text=96)
+ORDER = Packed(RECORDS, SIZES, WIDE, seed=3)
+RANDOM = dict(augment=Augment(flip=0.5, shift=4))
+
+
+@pytest.mark.parametrize('text_only', ['skip', 'zero_image'])
+@pytest.mark.parametrize('system', [None, '', 'be brief'])
+def test_sizes_are_those_of_the_rows(text_only, system):
+  model = dataclasses.replace(MODEL, text_only=text_only)
+  sizes = record_sizes(RECORDS, dataclasses.replace(SIZE_OF, model=model, system=system))
+  assert sizes.dtype == np.int32
+  (batch,) = take(iterate(batch_size=21, shuffle=False, model=model, system=system), 1)
+  np.testing.assert_array_equal(sizes[:, 0], batch['segment_ids'].sum(axis=1))
+  np.testing.assert_array_equal(sizes[:, 1], batch['fuse_mask'].any(axis=2).sum(axis=1))
+
+
+def test_several_slots_for_each_visual():
+  sizes = record_sizes(RECORDS, dataclasses.replace(SIZE_OF, row=dataclasses.replace(ROW, tokens_per_visual=5)))
+  np.testing.assert_array_equal(sizes[:, 0], SIZES[:, 0] + 4 * SIZES[:, 1])
+
+
+def test_workers_find_the_same_sizes(tmp_path):
+  write(tmp_path / 'data', {'train': RECORDS}, description='for tests')
+  np.testing.assert_array_equal(record_sizes(open_split(tmp_path / 'data', 'train'), SIZE_OF, workers=2), SIZES)
+
+
+def moving(frames: int) -> bytes:
+  """A GIF of 5 frames a second."""
+  pictures = [Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)) for i in range(frames)]
+  out = io.BytesIO()
+  pictures[0].save(out, 'GIF', save_all=True, append_images=pictures[1:], duration=200)
+  return out.getvalue()
+
+
+@pytest.mark.parametrize(
+  ('sampler', 'frames'),
+  [
+    (FrameSampler(fps=2.5), 3),
+    (FrameSampler(fps=5, max_frames=4), 4),
+    (FrameSampler(count=4), 4),
+    (FrameSampler(count=4, rule='released'), 4),
+    (FrameSampler(count=9, rule='released'), 6),
+  ],
+)
+def test_videos_are_measured_as_they_are_laid_out(sampler, frames):
+  turns = [{'from': 'human', 'value': 'what <video> is <image>'}, {'from': 'gpt', 'value': 'this'}]
+  record = {'id': 'v', 'category': '', 'media': [moving(6), RECORDS[0]['media'][0]], 'conversations': turns}
+  shape = dataclasses.replace(ROW, visuals=8)
+  sizes = record_sizes([record], dataclasses.replace(SIZE_OF, row=shape, sampler=sampler))
+  assert sizes[0, 1] == frames + 1
+  (batch,) = take(iterate([record], row=shape, processor=MediaProcessor(ImageProcessor(16), sampler), batch_size=1), 1)
+  assert (batch['segment_ids'].sum(), (batch['slot_index'] < 96).sum()) == tuple(sizes[0])
+
+
+def test_a_damaged_video_is_named():
+  turns = [{'from': 'human', 'value': '<video>'}, {'from': 'gpt', 'value': 'this'}]
+  record = {'id': 'v', 'category': '', 'media': [b'no video'], 'conversations': turns}
+  with pytest.raises(DataError, match="^E_VIDEO_FORMAT: sample 'v': video: "):
+    SIZE_OF(record)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_record_that_cannot_be_measured(workers):
+  with pytest.raises(DataError) as error:
+    record_sizes([*RECORDS[:3], {**RECORDS[3], 'media': []}], SIZE_OF, workers=workers)
+  expected = 'expected 0 <image> or <video> tag(s) for its media; found 1'
+  assert str(error.value) == f"E_IMAGE_TAGS: sample '3': {expected}"
+
+
+def alone(index: int, **options) -> dict[str, np.ndarray]:
+  (batch,) = take(iterate([RECORDS[index]], batch_size=1, **options), 1)
+  return {name: array[0] for name, array in batch.items()}
+
+
+def test_the_stream_is_the_plan():
+  """Rows of the samples that `Packed` lists; every sample once in each epoch."""
+  rows = Epochs(ORDER, None)
+  count = rows.items_in(2)
+  seen = [collections.Counter(itertools.chain(*ORDER(epoch))) for epoch in range(2)]
+  assert seen == [collections.Counter(range(21))] * 2 and rows.items_in(1) < 12
+  batches = take(iterate(row=WIDE, order=ORDER, batch_size=1), count)
+  for n, batch in enumerate(batches):
+    expected = pack_rows([alone(i) for i in rows[n]], WIDE)
+    assert_equal([{name: array[0] for name, array in batch.items()}], [expected])
+
+
+def test_packed_rows_resume_from_every_state():
+  options = dict(row=WIDE, order=ORDER, batch_size=2, **RANDOM)
+  whole = iterate(num_epochs=4, **options)
+  states, batches = [whole.get_state()], []
+  for batch in whole:
+    batches.append(batch)
+    states.append(whole.get_state())
+  assert len(batches) == Epochs(ORDER, 4).items_in(4) // 2 >= 9
+  assert states == [{'global_next_index': 2 * n} for n in range(len(batches) + 1)]
+  for n, state in enumerate(states):
+    halves = [iterate(shard_index=i, shard_count=2, **options) for i in range(2)]
+    for half in halves:
+      half.set_state(state)
+    assert_equal(interleave(*(take(half, 3) for half in halves))[: len(batches) - n], batches[n : n + 3])
+
+
+def test_workers_change_nothing_of_packed_rows():
+  options = dict(row=WIDE, order=ORDER, batch_size=2, **RANDOM)
+  expected = take(iterate(**options), 9)
+  iterator = iterate(worker_count=2, **options)
+  iterator.set_state({'global_next_index': 6})
+  found = take(iterator, 6)
+  iterator.close()
+  assert_equal(found, expected[3:])
+
+
+def test_a_mixture_is_packed(tmp_path):
+  write(tmp_path / 'a', {'train': RECORDS[:12]}, description='for tests')
+  write(tmp_path / 'b', {'train': RECORDS[12:]}, description='for tests')
+  mixture = Mixture(
+    parse([(str(tmp_path / 'a'), 'train', 'all', 2), (str(tmp_path / 'b'), 'train', 'first:3')]), seed=0
+  )
+  order = Packed(mixture, record_sizes(mixture, SIZE_OF), WIDE, seed=0)
+  for epoch in range(2):
+    seen = collections.Counter(itertools.chain(*order(epoch)))
+    assert seen == {**dict.fromkeys(range(12), 2), **dict.fromkeys(range(12, 15), 1)}
+  first = order(0)[0]
+  (batch,) = take(iterate(mixture, row=WIDE, order=order, batch_size=1), 1)
+  expected = pack_rows([alone(i) for i in first], WIDE)  # record i of the mixture is record i of the two
+  assert_equal([{name: array[0] for name, array in batch.items()}], [expected])
+
+
+NO_RANDOM_SIZES = 'packing, or rows of several lengths: expected no max_turns and no side_by_side; found one'
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({}, f'order.row: expected {ROW}; found {WIDE}'),
+    ({'row': WIDE, 'max_turns': 2}, NO_RANDOM_SIZES),
+    ({'row': WIDE, 'side_by_side': True}, NO_RANDOM_SIZES),
+  ],
+)
+def test_what_packing_does_not_go_with(options, message):
+  with pytest.raises(ConfigError) as error:
+    iterate(order=ORDER, **options)
+  assert str(error.value) == message
+
+
+# every seventh record is text alone; with all of them twice there are six such
+TWICE = [*RECORDS, *RECORDS]
+FITTED = Grouped(TWICE, np.tile(SIZES, (2, 1)), 3, ROW, seed=0, lengths=(8, int(np.median(SIZES[:, 0])), 96))
+
+
+def test_batches_are_as_long_as_their_samples():
+  epochs = Epochs(FITTED, None)
+  batches = take(iterate(TWICE, order=FITTED, batch_size=3), 28)
+  shapes = collections.Counter()
+  for n, batch in enumerate(batches):
+    indices = [epochs[3 * n + i][0] for i in range(3)]
+    longest, most = FITTED.sizes[indices].max(axis=0)
+    length, visuals = next(length for length in FITTED.lengths if length >= longest), 2 if most else 0
+    shapes[length, visuals] += 1
+    assert batch['tokens'].shape == (3, length) and batch['pixels'].shape == (3, visuals, 1, 16, 16, 3)
+    assert batch['fuse_index'].shape == (3, visuals, length)
+    for i, index in enumerate(indices):
+      one = {name: array[i] for name, array in batch.items()}
+      assert_equal([pack_rows([one], ROW)], [alone(index % 21)])
+  assert len(shapes) == 3 and min(shapes.values()) >= 4 and sum(k for (_, m), k in shapes.items() if not m) == 4
+
+
+def test_fitted_rows_resume_on_two_shards():
+  options = dict(order=dataclasses.replace(FITTED, batch_size=4), batch_size=4, **RANDOM)
+  expected = take(iterate(TWICE, **options), 14)  # 10 batches an epoch
+  for n in (0, 3, 10, 12):
+    for i in range(2):
+      half = iterate(TWICE, shard_index=i, shard_count=2, **options)
+      half.set_state({'global_next_index': 4 * n})
+      assert_equal(take(half, 14 - n), [{name: array[i::2] for name, array in batch.items()} for batch in expected[n:]])
+
+
+def test_fitted_batches_reach_the_devices():
+  """Of no visual, too."""
+  order = Grouped(RECORDS[6:7], SIZES[6:7], 1, ROW, seed=0, lengths=(96,))
+  order = dataclasses.replace(order, source=RECORDS[6:7] * 8, sizes=SIZES[6:7].repeat(8, axis=0), batch_size=8)
+  batches = device_batches(iterate(order.source, order=order, batch_size=8), batch_sharding(make_mesh()))
+  assert next(batches).pixels.shape == (8, 0, 1, 16, 16, 3)
+  batches.close()
+
+
+@pytest.mark.parametrize('lengths', [(96, 40), (40, 40, 96), (40, 80), (40, 97)])
+def test_lengths(lengths):
+  with pytest.raises(ConfigError) as error:
+    Grouped(RECORDS, SIZES, 4, ROW, seed=0, lengths=lengths)
+  assert str(error.value) == f'lengths: expected ascending numbers up to 96; found {lengths}'
+
+
+def test_rows_of_several_lengths_need_whole_conversations():
+  with pytest.raises(ConfigError, match=f'^{NO_RANDOM_SIZES}$'):
+    iterate(TWICE, order=FITTED, batch_size=3, max_turns=1)
+
+
+def test_detached_text_needs_a_visual():
+  """A model without any lets gradients into its text."""
+  model = dataclasses.replace(MODEL, detach_text=True)
+  message = 'order.text_visuals: expected 1 or more, for the model has detach_text; found 0'
+  with pytest.raises(ConfigError, match=f'^{message}$'):
+    iterate(TWICE, model=model, order=FITTED, batch_size=3)
+  order = dataclasses.replace(FITTED, text_visuals=1)
+  batches = take(iterate(TWICE, model=model, order=order, batch_size=3), 14)
+  assert collections.Counter(batch['pixels'].shape[1] for batch in batches) == {1: 2, 2: 12}
+
+
+def test_a_sample_that_fits_no_row_is_named():
+  with pytest.raises(DataError) as error:
+    Packed(RECORDS, SIZES, dataclasses.replace(WIDE, visuals=1), seed=0)
+  message = f'expected at most 240 tokens and 1 visual(s); found {SIZES[7, 0]} and 2'
+  assert str(error.value) == f"E_TOO_LONG: sample '7': {message}"
