@@ -50,7 +50,7 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
     'video': VIDEO,
-    'convert': ['torch>=2.5'],
+    'convert': ['torch>=2.6'],
     'test': TEST,
   },
 )

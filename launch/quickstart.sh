@@ -8,7 +8,9 @@ export JAX_PLATFORMS=cpu TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 say() { printf '\n== %s (%ds)\n' "$1" "$SECONDS"; }
 
 say 'install'
-[ -d .venv ] || "${PYTHON:-python3}" -m venv .venv
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is older than Python 3.11; set PYTHON" >&2; exit 1; }
+[ -d .venv ] || "$python" -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check -e .
 
 say 'prepare easy-VQA: 4,000 training images, 9,673 held-out questions'

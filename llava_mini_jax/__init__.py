@@ -14,4 +14,8 @@ Axis letters, used in every einsum and shape comment:
 The vocabulary axis is written `vocab`.
 """
 
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig
+from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
+
+__all__ = ['ConfigError', 'DataConfig', 'Experiment', 'LlavaMiniConfig', 'TrainConfig']
 __version__ = '0.1.0'

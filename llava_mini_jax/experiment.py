@@ -41,6 +41,7 @@ class DataConfig:
   frame_resize: str = 'squash'  # squash a frame to a square (released); aspect = treat it as an image
   max_turns: int = 0  # keep a random 1…max_turns questions of a record, in random order; 0 = the conversation as it is
   side_by_side: bool = False  # questions of a record share its image in one row, and none sees another; as many as fit
+  truncate: bool = False  # cut a sample at row_length instead of refusing it, unless an image or every target is lost
   pack: bool = False  # several whole samples share a row
   group_by_length: bool = False  # batches of like length, text only apart
   row_lengths: tuple = ()  # with group_by_length: the lengths that a batch may have, up to row_length

@@ -49,12 +49,14 @@ def _stage1(model: LlavaMiniConfig, *, full: bool, start: str) -> Experiment:
   train = TrainConfig(
     groups=((trained, 1e-3), ('(vision|decoder)/.*', 'frozen')), init_from=start, init_fresh=(trained,), epochs=1.0
   )
-  return Experiment(model, DataConfig(dataset='data/llava_captions', template='plain', row_length=1024), train)
+  return Experiment(
+    model, DataConfig(dataset='data/llava_captions', template='plain', row_length=1024, truncate=True), train
+  )
 
 
 def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, start: str) -> Experiment:
   tied = model.decoder.tie_word_embeddings  # then the table is the head too, and trains
-  data = DataConfig(dataset='data/llava_instructions', template=template, row_length=2048)
+  data = DataConfig(dataset='data/llava_instructions', template=template, row_length=2048, truncate=True)
   if stage == 'stage2_hd':
     model = dataclasses.replace(model, compressor=dataclasses.replace(model.compressor, grid=8))
     data = dataclasses.replace(data, grid=2)

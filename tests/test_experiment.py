@@ -33,6 +33,7 @@ PAPER = ('llava_mini_vicuna_7b', 'llava_mini_llama31_8b')
 ARGUMENTS = {
   **{name: [(), *((stage,) for stage in STAGES)] for name in PAPER},
   'tiny_easy_vqa': [(), ('epochs=40',)],
+  'smollm2_easy_vqa': [(), ('steps=9',)],
 }
 CASES = [(name, arguments) for name, several in ARGUMENTS.items() for arguments in several]
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig, require_choice
 from llava_mini_jax.convert.hf_checkpoint import CONFIG, VISION_CONFIG
-from llava_mini_jax.convert.hf_config import to_hf_config
+from llava_mini_jax.convert.hf_config import preprocessor_config, to_hf_config
 from llava_mini_jax.convert.names import LLAVA, RELEASED, Rule, to_torch, wanted_tensors
 from llava_mini_jax.convert.run_weights import is_imported, load_parameters, open_weights, read_experiment
 from llava_mini_jax.convert.tensor_files import FLOATS
@@ -57,9 +57,14 @@ def export_model(
   rules = (RELEASED if model.compressor.kind == 'query' else LLAVA).rules()
   planned = _planned(_reader(workdir, model, step), rules, parameter_shapes(model), DTYPES[dtype])
   with new_directory(Path(to)) as directory:
-    copy_tokenizer(workdir / 'tokenizer', directory)
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-    (directory / VISION_CONFIG).write_text(json.dumps(vision, indent=2) + '\n')
+    words = copy_tokenizer(workdir / 'tokenizer', directory)
+    config |= {name: getattr(words, name) for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    for name, values in (
+      (CONFIG, config),
+      (VISION_CONFIG, vision),
+      ('preprocessor_config.json', preprocessor_config(model.vision)),
+    ):
+      (directory / name).write_text(json.dumps(values, indent=2) + '\n')
     write_tensors(directory, planned, max_shard_bytes=shard_bytes, progress=progress)
   return config
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_mini_jax.config import (
+  IMAGE_MEAN,
+  IMAGE_STD,
   CompressorConfig,
   ConfigError,
   DecoderConfig,
@@ -202,6 +204,25 @@ def to_hf_config(model: LlavaMiniConfig, dtype: str = 'float32') -> tuple[dict[s
     torch_dtype=dtype,
   )
   return config, tower
+
+
+def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
+  """`preprocessor_config.json` of the tower's images: shorter side to size, centre crop, CLIP's mean and deviation."""
+  size = vision.image_size
+  return dict(
+    image_processor_type='CLIPImageProcessor',
+    do_convert_rgb=True,
+    do_resize=True,
+    size=dict(shortest_edge=size),
+    resample=3,  # bicubic
+    do_center_crop=True,
+    crop_size=dict(height=size, width=size),
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=list(IMAGE_MEAN),
+    image_std=list(IMAGE_STD),
+  )
 
 
 def _require(where: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

@@ -30,8 +30,9 @@ WEIGHTS, EXPERIMENT, CHECKPOINTS = 'weights', 'experiment.json', 'checkpoints'
 
 
 def is_imported(workdir: Path) -> bool:
-  """Whether the run's parameters are in `weights/`: it has not been trained since."""
-  return (Path(workdir) / WEIGHTS).is_dir() and not (Path(workdir) / CHECKPOINTS).is_dir()
+  """Whether the run's parameters are in `weights/`: it was imported, and nothing has been trained in it since."""
+  trained = any(path.name.isdigit() for path in (Path(workdir) / CHECKPOINTS).glob('*'))
+  return (Path(workdir) / WEIGHTS).is_dir() and not trained
 
 
 def write_run(

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import grain
+import numpy as np
 import transformers
 
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig
@@ -41,6 +42,8 @@ class Inputs:
       return Shuffled(self.source, seed) if isinstance(self.source, Mixture) else None
     measure = SampleSize(self.tokenizer, config.template, self._system, self.model, self.row, self.processor.sampler)
     sizes = record_sizes(self.source, measure, workers=config.workers)
+    if config.truncate:
+      sizes[:, 0] = np.minimum(sizes[:, 0], self.row.length)
     if config.pack:
       return Packed(self.source, sizes, self.row, seed)
     # without any visual in a batch, gradients would reach text embeddings that are detached elsewhere
@@ -72,6 +75,7 @@ class Inputs:
       augment=Augment(flip=config.flip, shift=config.shift) if config.flip or config.shift else None,
       max_turns=config.max_turns or None,
       side_by_side=config.side_by_side,
+      truncate=config.truncate,
       order=order,
     )
 

@@ -48,6 +48,7 @@ def make_iterator(
   augment: Augment | None = None,
   max_turns: int | None = None,
   side_by_side: bool = False,
+  truncate: bool = False,
   order: Callable[[int], Sequence] | None = None,
 ) -> grain.experimental.ElasticIterator:
   """This process's share of the batches, as dicts of the fields of `types.Batch`.
@@ -68,6 +69,7 @@ def make_iterator(
     max_turns: as `samples.choose_turns`; None = whole conversations.
     side_by_side: a row holds questions of one record, in random order, that do not see each other: as many as fit, at
       most `max_turns` (see `branches`).
+    truncate: leave off what of a sample does not fit at its end (`rows.cut`), instead of refusing it.
     order: instead of `shuffle`, what each epoch visits: a `packing.Grouped`, whose batches are of like samples, or a
       `packing.Packed`, whose rows hold several. None = every record once, or what a Mixture draws.
   Returns:
@@ -88,7 +90,9 @@ def make_iterator(
   _check_order(order, batch_size, row, model, max_turns is not None or side_by_side)
   if order is None and isinstance(source, Mixture):
     order = Shuffled(source, seed if shuffle else None)
-  transform = RowTransform(source, tokenizer, template, system, model, row, processor, augment, max_turns, side_by_side)
+  transform = RowTransform(
+    source, tokenizer, template, system, model, row, processor, augment, max_turns, side_by_side, truncate
+  )
   if isinstance(order, Packed):
     transform = PackedRows(transform, row)
   elif isinstance(order, Grouped) and order.lengths:

@@ -224,5 +224,7 @@ def _open_builder(directory: Path) -> tfds.core.DatasetBuilder:
   except Exception as error:  # TFDS raises whatever its JSON and protobuf parsers do
     raise DataError('E_DATASET_CORRUPT', where, f'the metadata cannot be read ({type(error).__name__})') from error
   if not ours:
-    raise DataError('E_NO_DATASET', where, f'not written by this package (name {info.name})')
+    raise DataError(
+      'E_NO_DATASET', where, f'not written by this version of the package (name {info.name}); prepare it again'
+    )
   return builder

@@ -128,3 +128,25 @@ def build_row(
     slot_index=slot_index,
   )
   return fields if branch is None else fields | dict(branch_ids=branch_ids)
+
+
+def cut(
+  ids: np.ndarray, learn: np.ndarray, shape: RowShape, *, where: str, visuals_per_tag: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Leaves off what does not fit at the end of a sample (as `build_row` takes it), if that is text.
+
+  Raises:
+    DataError: E_TOO_LONG if an image or a video, or every token to learn, would be lost.
+  """
+  is_tag = ids == IMAGE_TOKEN_ID
+  width = np.ones(len(ids), np.int64)
+  width[is_tag] = shape.tokens_per_visual * np.asarray(visuals_per_tag, np.int64)
+  fits = np.cumsum(width) <= shape.length
+  if fits.all():
+    return ids, learn
+  length = f'{int(width.sum())} tokens with vision slots, cut at {shape.length}'
+  if is_tag[~fits].any():
+    raise DataError('E_TOO_LONG', where, f'expected every <image> to fit; found {length}, which loses one')
+  if not learn[fits].any():
+    raise DataError('E_TOO_LONG', where, f'expected a token to learn to fit; found {length}, which loses all')
+  return ids[fits], learn[fits]

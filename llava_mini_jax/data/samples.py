@@ -30,7 +30,7 @@ from llava_mini_jax.data.conversation import (
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.records import Record
-from llava_mini_jax.data.rows import RowShape, build_row
+from llava_mini_jax.data.rows import RowShape, build_row, cut
 from llava_mini_jax.types import IMAGE_TOKEN_ID
 
 CACHE_BYTES = 256 * 2**20  # of checked conversations and decoded images that a process keeps; the rest is read anew
@@ -73,6 +73,7 @@ class RowTransform:
   augment: Augment | None = None
   max_turns: int | None = None
   side_by_side: bool = False
+  truncate: bool = False
 
   def __post_init__(self):
     self._kept: dict[int, _Sample] = {}
@@ -101,12 +102,16 @@ class RowTransform:
   def _lay_out(
     self, encoded: Encoded, branch: np.ndarray | None, media: list[list[np.ndarray]], where: str
   ) -> dict[str, np.ndarray]:
+    per_tag = [len(visuals) for visuals in media]
+    ids, learn = encoded.ids, encoded.assistant
+    if self.truncate and branch is None and len(per_tag) == (ids == IMAGE_TOKEN_ID).sum():
+      ids, learn = cut(ids, learn, self.row, where=where, visuals_per_tag=per_tag)
     fields = build_row(
-      encoded.ids,
-      encoded.assistant,
+      ids,
+      learn,
       self.row,
       where=where,
-      visuals_per_tag=[len(visuals) for visuals in media],
+      visuals_per_tag=per_tag,
       untagged=self._untagged(media),
       fuse_token_zero=self.model.prefusion.fuse_token_zero,
       branch=branch,

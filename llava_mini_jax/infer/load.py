@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from llava_mini_jax.convert.run_weights import is_imported, load_parameters, read_experiment
 from llava_mini_jax.data.tokenizer import load_tokenizer
 from llava_mini_jax.experiment import Experiment
-from llava_mini_jax.sharding import use_mesh
+from llava_mini_jax.sharding import check_parameter, use_mesh
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import CheckpointError
-from llava_mini_jax.train.tree import abstract_model
+from llava_mini_jax.train.tree import abstract_model, flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def load_run(workdir: Path, mesh: Mesh, step: int | None = None) -> Loaded:
     step: of a trained run; None = the newest. An imported run is at step 0.
   Raises:
     CheckpointError: there is no checkpoint, or it has other parameters than its config says.
-    DataError: the tokenizer is missing, or imported weights are damaged.
+    DataError: the tokenizer is missing, or imported weights are damaged. MeshError: a parameter does not divide.
   """
   workdir = Path(workdir)
   if step is None and not is_imported(workdir):
@@ -45,6 +45,9 @@ def load_run(workdir: Path, mesh: Mesh, step: int | None = None) -> Loaded:
   with use_mesh(mesh):
     graphdef, abstract = abstract_model(experiment.model)
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(abstract, mesh))
+  where = flatten(shardings)
+  for path, leaf in flatten(nnx.to_pure_dict(abstract)).items():
+    check_parameter(path, leaf.shape, where[path])
   params = load_parameters(workdir, shardings, step)
   return Loaded(experiment, load_tokenizer(workdir / 'tokenizer'), graphdef, params, mesh, step or 0)
 

@@ -20,18 +20,14 @@ from torch_parity import close
 
 from llava_mini_jax.config import (
   CompressorConfig,
-  ConfigError,
   LlavaMiniConfig,
   PrefusionConfig,
-  RopeScaling,
 )
 from llava_mini_jax.convert.export_model import export_model
-from llava_mini_jax.convert.hf_config import CLIP_DEFAULTS, LLAMA_DEFAULTS, parts_from_hf, to_hf_config
 from llava_mini_jax.convert.import_model import Sources, import_model
 from llava_mini_jax.convert.released import from_released
 from llava_mini_jax.convert.run_weights import load_parameters, starting_parameters
 from llava_mini_jax.convert.tensor_files import TensorFiles
-from llava_mini_jax.convert.tensor_writer import parse_size
 from llava_mini_jax.data.conversation import IMAGE_TAG
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
@@ -89,6 +85,15 @@ def test_a_released_model_in_out_and_in(tmp_path, variant):
   same_bits(hf.tensors_of(tmp_path / 'out'), original)
   read = {name: json.loads((tmp_path / 'out' / name).read_text()) for name in ('config.json', 'vision_config.json')}
   assert read['config.json'] == config
+  theirs = json.loads((source / 'config.json').read_text())
+  # What names other things: the tokenizer beside it, the tower, who wrote it.
+  own = {'bos_token_id', 'eos_token_id', 'pad_token_id', 'mm_vision_tower', 'transformers_version'}
+  own |= {'tokenizer_model_max_length', 'tokenizer_padding_side', 'tune_mm_mlp_adapter', 'pretraining_tp'}
+  assert {name: config.get(name) for name in theirs.keys() - own} == {
+    name: value for name, value in theirs.items() if name not in own
+  }
+  name = 'preprocessor_config.json'
+  assert json.loads((tmp_path / 'out' / name).read_text()) == json.loads((source / name).read_text())
   assert LlavaMiniConfig.from_hf(*read.values()) == experiment.model
   again = import_model(Sources(whole=str(tmp_path / 'out')), tmp_path / 'again')
   assert again == experiment
@@ -240,80 +245,31 @@ def test_a_trained_run_out_and_in(tmp_path, released):
     same_bits(flatten(load_parameters(root / 'run', shardings_of(model, mesh_of('fsdp')))), params)
 
 
-def test_what_the_released_layout_cannot_hold(released):
-  model = read_model(released)
-  model = dataclasses.replace(
-    model,
-    compressor=CompressorConfig(space='llm', attention='plain'),
-    prefusion=dataclasses.replace(model.prefusion, fuse_compressed=False),
-  )
-  with pytest.raises(ConfigError) as error:
-    to_hf_config(model)
-  assert str(error.value) == (
-    "the released layout cannot hold this model: compressor.space: expected 'vision', found 'llm'; "
-    "compressor.attention: expected 'mha', found 'plain'; prefusion.fuse_compressed: expected True, found False"
-  )
-  with pytest.raises(ConfigError, match="compressor.kind: expected 'query', found 'none'"):
-    to_hf_config(dataclasses.replace(model, compressor=CompressorConfig(kind='none')))
-
-
-@pytest.mark.parametrize('name', ['vicuna_7b', 'vicuna_13b', 'llama31_8b', 'smollm2_135m', 'tiny'])
-def test_configs_out_and_in(name):
-  """All that the layout holds comes back: sizes, rope, ties; not how it trains."""
-  model = LlavaMiniConfig.preset(name)
-  vision = dataclasses.replace(model.vision, keep_unused_layers=True)
-  expected = dataclasses.replace(
-    LlavaMiniConfig(vision=vision, compressor=model.compressor, prefusion=model.prefusion, decoder=model.decoder)
-  )
-  config, tower = json.loads(json.dumps(to_hf_config(model)))
-  assert LlavaMiniConfig.from_hf(config, tower) == expected
-  parts = parts_from_hf(config, tower)
-  assert (parts.vision, parts.decoder, parts.compressor, parts.prefusion) == (
-    expected.vision,
-    expected.decoder,
-    expected.compressor,
-    expected.prefusion,
-  )
-  if tower['image_size'] == 336:
-    assert parts_from_hf(config).vision == expected.vision, 'known by name'
-
-
-def test_configs_as_transformers_reads_and_writes_them():
-  """Defaults are theirs, and so is what the rope settings mean."""
-  llama, clip = transformers.LlamaConfig().to_dict(), transformers.CLIPVisionConfig().to_dict()
-  assert {name: llama[name] for name in LLAMA_DEFAULTS} == LLAMA_DEFAULTS
-  assert {name: clip[name] for name in CLIP_DEFAULTS} == CLIP_DEFAULTS
-  assert parts_from_hf(llama) == parts_from_hf(dict(model_type='llama'))
-  assert parts_from_hf(clip) == parts_from_hf(dict(model_type='clip_vision_model'))
-  model = LlavaMiniConfig.preset('llama31_8b')
-  theirs = transformers.LlamaConfig.from_dict(to_hf_config(model)[0]).to_dict()
-  assert parts_from_hf({**theirs, 'model_type': 'llama'}).decoder == model.decoder
-  assert model.decoder.rope_scaling == RopeScaling(factor=8.0)
-
-
 def test_a_start_for_training(tmp_path, released):
   """Stage 1 takes tower and decoder as far as it has them; stage 2 adds modules, and copies pre-fusion if asked to."""
   stored, model, mesh = weights_of(released / 'run'), read_model(released), mesh_of('fsdp')
   tower = dataclasses.replace(model.vision, keep_unused_layers=False)
   bare = dict(vision=tower, compressor=CompressorConfig(kind='none'), prefusion=PrefusionConfig(num_layers=0))
   stage1 = dataclasses.replace(model, **bare)
+  wanted = flatten(shardings_of(stage1, mesh))
   found = starting_parameters(released / 'run', stage1, mesh)
   assert found.keys() == parameter_shapes(stage1).keys()
   for path, leaf in found.items():
     expected = stored[path][:2] if path.startswith('vision/layers/') else stored[path]
     assert np.array_equal(leaf, expected), path
-    assert leaf.sharding.is_equivalent_to(flatten(shardings_of(stage1, mesh))[path], leaf.ndim), path
+    assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
 
   trained = trained_run(tmp_path / 'stage1', stage1)
   stage2 = dataclasses.replace(model, vision=tower, prefusion=PrefusionConfig(num_layers=2, init='decoder'))
   found = starting_parameters(tmp_path / 'stage1', stage2, mesh)
-  wanted = {path: shape for path, shape in parameter_shapes(stage2).items() if not path.startswith('compressor/')}
-  assert {path: leaf.shape for path, leaf in found.items()} == wanted
+  wanted = flatten(shardings_of(stage2, mesh))
+  shapes = {path: shape for path, shape in parameter_shapes(stage2).items() if not path.startswith('compressor/')}
+  assert {path: leaf.shape for path, leaf in found.items()} == shapes
   for path, leaf in found.items():
     copied = path.startswith('prefusion/')
     expected = trained[path.replace('prefusion/', 'decoder/')][:2] if copied else trained[path]
     assert np.array_equal(leaf, expected), path
-    assert leaf.sharding.is_equivalent_to(flatten(shardings_of(stage2, mesh))[path], leaf.ndim), path
+    assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
   fresh = dataclasses.replace(stage2, prefusion=PrefusionConfig(num_layers=2))
   assert not any(path.startswith('prefusion/') for path in starting_parameters(tmp_path / 'stage1', fresh, mesh))
 
@@ -335,7 +291,7 @@ def test_a_start_that_does_not_fit(released):
 
 
 def test_only_a_tensor_at_a_time_is_in_memory(tmp_path):
-  """The peak of both directions is a few times the largest tensor, not the model, nor a stack of layers."""
+  """The peak of both directions is less than three times the largest tensor, not the model, nor a stack of layers."""
   sizes = dict(vocab_size=1000, hidden_size=256, intermediate_size=1024, num_hidden_layers=24)
   hf.llama(tmp_path / 'llama', **sizes, save_options=dict(max_shard_size='10MB'))
   hf.clip(tmp_path / 'clip')
@@ -352,18 +308,6 @@ def test_only_a_tensor_at_a_time_is_in_memory(tmp_path):
     convert()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8 * largest, f'{peak / largest:.1f} tensors'
+    assert peak < 3 * largest, f'{peak / largest:.1f} tensors'
   whole = sum(path.stat().st_size for path in (tmp_path / 'run' / 'weights').glob('*.safetensors'))
   assert whole > 90 * largest
-
-
-@pytest.mark.parametrize(('text', 'size'), [('5GB', 5 * 10**9), ('1.5 mb', 1_500_000), ('200KB', 200_000), ('7', 7)])
-def test_sizes(text, size):
-  assert parse_size(text) == size
-
-
-@pytest.mark.parametrize('text', ['', '0', '-1GB', '5 apples', 'GB'])
-def test_no_sizes(text):
-  with pytest.raises(ConfigError) as error:
-    parse_size(text)
-  assert str(error.value) == f'max_shard_size: expected a size such as 5GB or 500MB; found {text!r}'

@@ -202,3 +202,29 @@ def test_each_source_has_its_own_root(source, tmp_path):
     assert load_inputs(config, MODEL).source[0]['media'] == [(source / f'{name}.png').read_bytes()]
   with pytest.raises(ConfigError, match=r'^media_root: expected one, or one for each of 2 source\(s\); found 3'):
     prepare(files, tmp_path / 'other', splits=['red', 'blue'], media_roots=[*roots, source])
+
+
+def test_long_samples_are_cut_or_refused_packed_or_not(tmp_path):
+  """And one that would lose its image, or all that it could teach, is refused all the same."""
+  turns = lambda question, answer: [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}]  # noqa: E731
+  long, short = turns('q', 'yes ' * 60), turns('q', 'yes')
+  (tmp_path / 'a.json').write_text(json.dumps([dict(id=str(i), conversations=c) for i, c in enumerate((long, short))]))
+  prepare([str(tmp_path / 'a.json')], tmp_path / 'data')
+  (tmp_path / 'b.json').write_text(json.dumps([dict(id='b', conversations=turns('q ' * 60, 'yes'))]))
+  prepare([str(tmp_path / 'b.json')], tmp_path / 'bad')
+
+  def epoch(dataset, **fields):
+    config = DataConfig(**dict(dataset=str(dataset), template='qa', row_length=32) | fields)
+    inputs = load_inputs(config, MODEL)
+    order = inputs.order(batch_size=1, seed=0)
+    iterator = inputs.iterator(order, batch_size=1, seed=0, shard_index=0, shard_count=1)
+    return [next(iterator) for _ in range(inputs.rows(order, 1.0))]
+
+  for fields in (dict(truncate=True), dict(truncate=True, pack=True)):
+    found = epoch(tmp_path / 'data', **fields)
+    assert sorted(int((batch['segment_ids'] > 0).sum()) for batch in found)[-1] == 32
+    assert len(found) == 2
+  with pytest.raises(DataError, match=r"^E_TOO_LONG: sample '0': expected at most 32 tokens"):
+    epoch(tmp_path / 'data')
+  with pytest.raises(DataError, match=r"^E_TOO_LONG: sample 'b': expected a token to learn to fit; found"):
+    epoch(tmp_path / 'bad', truncate=True)

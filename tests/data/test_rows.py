@@ -9,7 +9,7 @@ import pytest
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.data.errors import DataError
-from llava_mini_jax.data.rows import RowShape, build_row
+from llava_mini_jax.data.rows import RowShape, build_row, cut
 from llava_mini_jax.types import IMAGE_TOKEN_ID as IMG
 
 NO, YES = False, True
@@ -139,3 +139,45 @@ def test_shape_for_a_model():
   model = LlavaMiniConfig.preset('tiny')
   assert RowShape.for_model(model, length=64) == RowShape(64, 1, 64, 1)
   assert RowShape.for_model(model, length=64, visuals=3, fused_text=16) == RowShape(64, 3, 16, 1)
+
+
+def cut_row(ids, learn, length, per_tag):
+  shape = dataclasses.replace(SHAPE, length=length)
+  return cut(np.array(ids, np.int32), np.array(learn, bool), shape, where='sample', visuals_per_tag=per_tag)
+
+
+def test_cut_at_the_length_of_a_row():
+  """What is left is laid out as the beginning of what it was cut from."""
+  ids, learn = [1, IMG, 2, 3, 4, 5], [NO, NO, NO, YES, YES, YES]
+  kept, learnt = cut_row(ids, learn, 5, [1])
+  np.testing.assert_array_equal(kept, [1, IMG, 2, 3])  # the slots of the image are two
+  np.testing.assert_array_equal(learnt, [NO, NO, NO, YES])
+  short, whole = row(kept, learnt, dataclasses.replace(SHAPE, length=5)), row(ids, learn)
+  np.testing.assert_array_equal(short['tokens'], whole['tokens'][:5])
+  np.testing.assert_array_equal(short['loss_mask'][:4], whole['loss_mask'][:4])
+  same, _ = cut_row(ids, learn, 7, [1])
+  np.testing.assert_array_equal(same, ids)
+
+
+@pytest.mark.parametrize(
+  ('ids', 'learn', 'per_tag', 'message'),
+  [
+    (
+      [1, 2, 3, IMG],
+      [NO, YES, YES, NO],
+      [1],
+      'E_TOO_LONG: sample: expected every <image> to fit; found 5 tokens with vision slots, cut at 4, which loses one',
+    ),
+    (
+      [IMG, 1, 2],
+      [NO, NO, YES],
+      [2],
+      'E_TOO_LONG: sample: expected a token to learn to fit; '
+      'found 6 tokens with vision slots, cut at 4, which loses all',
+    ),
+  ],
+)
+def test_a_cut_that_loses_too_much(ids, learn, per_tag, message):
+  with pytest.raises(DataError) as error:
+    cut_row(ids, learn, 4, per_tag)
+  assert str(error.value) == message
