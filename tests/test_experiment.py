@@ -13,7 +13,6 @@ import ml_collections
 import pytest
 
 from llava_mini_jax.config import (
-  PRESETS,
   CompressorConfig,
   ConfigError,
   DecoderConfig,
@@ -24,6 +23,7 @@ from llava_mini_jax.config import (
   VisionConfig,
 )
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
+from llava_mini_jax.presets import PRESETS
 from llava_mini_jax.recipes import STAGES, paper_stage
 from llava_mini_jax.train.optimizer import assign_groups
 from llava_mini_jax.train.tree import parameter_shapes

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import test_golden
 import torch
+from golden_cases import Part, case_id, load_case
 from golden_reference import IGNORE, IMAGE_TAG, Inputs, Reference, to_arrays
-from test_golden import Part, load_case
 
 VENDORED = Path(__file__).parent / 'golden'
 WIDTH = 12  # of the text of every case: few shapes, few compilations
@@ -206,7 +206,7 @@ def errors(part: Part, found: dict[str, np.ndarray]) -> dict[str, float]:
   return worst
 
 
-@pytest.mark.parametrize('path', test_golden.CASES, ids=test_golden.case_id)
+@pytest.mark.parametrize('path', test_golden.CASES, ids=case_id)
 def test_reference_reproduces_recordings(path):
   """Every recorded tensor of every call, integers and masks exactly."""
   for part in load_case(path).parts:

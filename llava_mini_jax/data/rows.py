@@ -71,35 +71,16 @@ def build_row(
   per_tag = np.ones(tags, np.int64) if visuals_per_tag is None else np.asarray(visuals_per_tag, np.int64)
   if len(per_tag) != tags:
     raise DataError('E_IMAGE_TAGS', where, f'expected {len(per_tag)} <image> tag(s) for its media; found {tags}')
-  tagged, c = int(per_tag.sum()), shape.tokens_per_visual
-  visuals = tagged + untagged
+  visuals = int(per_tag.sum()) + untagged
   if visuals > shape.visuals:
     raise DataError('E_TOO_LONG', where, f'expected at most {shape.visuals} visual(s) per row; found {visuals}')
 
   width = np.ones(len(ids), np.int64)
-  width[is_tag] = per_tag * c
+  width[is_tag] = per_tag * shape.tokens_per_visual
   start = np.concatenate([[0], np.cumsum(width)])
   length = int(start[-1])
   if length > shape.length:
     raise DataError('E_TOO_LONG', where, f'expected at most {shape.length} tokens with vision slots; found {length}')
-
-  text_at = start[:-1][~is_tag]
-  tokens = np.zeros(shape.length, np.int32)
-  tokens[text_at] = ids[~is_tag]
-  learnt = np.zeros(shape.length, bool)
-  learnt[text_at] = learn[~is_tag]
-  inside = np.arange(shape.length) < length
-
-  branch_ids = np.zeros(shape.length, np.int32)
-  if branch is not None:
-    branch_ids[:length] = np.repeat(branch, width)
-  at = np.arange(shape.length)
-  first = np.searchsorted(branch_ids[:length], branch_ids)  # where a position's branch begins
-  positions = at - np.where(branch_ids > 0, first - np.searchsorted(branch_ids[:length], 1), 0)
-
-  goes_on = np.append(inside[1:] & (branch_ids[1:] == branch_ids[:-1]), False)
-  targets = np.where(goes_on, np.roll(tokens, -1), 0)
-  loss_mask = goes_on & np.roll(learnt, -1)
 
   fusable = ~learn if fuse is None else fuse
   if not fuse_token_zero:
@@ -109,25 +90,47 @@ def build_row(
     raise DataError(
       'E_TOO_LONG', where, f'expected at most {shape.fused_text} instruction tokens to fuse; found {len(fused_at)}'
     )
+  slots = [start[i] + np.arange(width[i]) for i in np.flatnonzero(is_tag)]
+  expanded = None if branch is None else np.repeat(branch, width)
+  return {
+    **_text_fields(ids[~is_tag], learn[~is_tag], start[:-1][~is_tag], length, shape, expanded),
+    **_visual_fields(np.concatenate(slots) if tags else np.zeros(0, np.int64), fused_at, visuals, shape),
+  }
+
+
+def _text_fields(
+  ids: np.ndarray, learn: np.ndarray, at: np.ndarray, length: int, shape: RowShape, branch: np.ndarray | None
+) -> dict[str, np.ndarray]:
+  """What lies along the row. ids, learn, at: of the text. branch: of every position in use, slots included."""
+  tokens, learnt = np.zeros(shape.length, np.int32), np.zeros(shape.length, bool)
+  tokens[at], learnt[at] = ids, learn
+  position = np.arange(shape.length)
+  inside = position < length
+
+  branch_ids = np.zeros(shape.length, np.int32)
+  branch_ids[:length] = 0 if branch is None else branch
+  first = np.searchsorted(branch_ids[:length], branch_ids)  # where a position's branch begins
+  position = position - np.where(branch_ids > 0, first - np.searchsorted(branch_ids[:length], 1), 0)
+
+  goes_on = np.append(inside[1:] & (branch_ids[1:] == branch_ids[:-1]), False)
+  fields = dict(
+    tokens=tokens,
+    targets=np.where(goes_on, np.roll(tokens, -1), 0).astype(np.int32),
+    loss_mask=goes_on & np.roll(learnt, -1),
+    segment_ids=inside.astype(np.int32),
+    positions=np.where(inside, position, 0).astype(np.int32),
+  )
+  return fields if branch is None else fields | dict(branch_ids=branch_ids)
+
+
+def _visual_fields(slots: np.ndarray, fused_at: np.ndarray, visuals: int, shape: RowShape) -> dict[str, np.ndarray]:
+  """What joins visuals and row. slots: of the visuals that have some, in order. fused_at: the text of every visual."""
   fuse_index = np.full((shape.visuals, shape.fused_text), shape.length, np.int32)
   if visuals:
     fuse_index[:visuals, : len(fused_at)] = fused_at
-  slot_index = np.full((shape.visuals, c), shape.length, np.int32)
-  slots = [start[i] + np.arange(width[i]) for i in np.flatnonzero(is_tag)]
-  if slots:
-    slot_index[:tagged] = np.concatenate(slots).reshape(tagged, c)
-
-  fields = dict(
-    tokens=tokens,
-    targets=targets.astype(np.int32),
-    loss_mask=loss_mask,
-    segment_ids=inside.astype(np.int32),
-    positions=np.where(inside, positions, 0).astype(np.int32),
-    fuse_index=fuse_index,
-    fuse_mask=fuse_index < shape.length,
-    slot_index=slot_index,
-  )
-  return fields if branch is None else fields | dict(branch_ids=branch_ids)
+  slot_index = np.full((shape.visuals, shape.tokens_per_visual), shape.length, np.int32)
+  slot_index.reshape(-1)[: len(slots)] = slots
+  return dict(fuse_index=fuse_index, fuse_mask=fuse_index < shape.length, slot_index=slot_index)
 
 
 def cut(
