@@ -50,7 +50,7 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
     'video': VIDEO,
-    'convert': ['torch>=2.6'],
+    'convert': ['sentencepiece>=0.2', 'torch>=2.6'],  # tokenizer.model and .bin files
     'test': TEST,
   },
 )

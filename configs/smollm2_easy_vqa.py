@@ -22,7 +22,7 @@ def get_config(arguments: str = 'steps=300') -> ConfigDict:
       smollm2, vision=tiny.vision, prefusion=PrefusionConfig(num_layers=1), dtype='float32', scan=tiny.scan
     ),
     data=DataConfig(
-      dataset='data/easy_vqa', template='qa', row_length=96, fused_text=80, side_by_side=True, flip=0.5, shift=8
+      dataset='data/easy_vqa', template='qa', row_length=64, fused_text=52, side_by_side=True, flip=0.5, shift=8
     ),
     train=TrainConfig(
       groups=(('vision/.*', 'frozen'), ('(projector|compressor)/.*', 1e-3), ('.*', 1e-4)),

@@ -2,6 +2,7 @@
 
 python launch/chat.py --checkpoint=runs/tiny --image=photo.png "what color is the shape?"
 python launch/chat.py --checkpoint=runs/mine --video=clip.mp4 "what happens?"
+python launch/chat.py --checkpoint=runs/mine --video=clip.mp4 --set data.video_fps=2 --set model.visual_chunk=16
 Without a question it opens a prompt loop; /image FILE or /video FILE shows another, an empty line ends it.
 """
 
@@ -22,13 +23,15 @@ _IMAGE = flags.DEFINE_string('image', None, 'Image file; without it and --video 
 _VIDEO = flags.DEFINE_string('video', None, 'Video file.')
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint step; default the newest.')
 _MAX_NEW = flags.DEFINE_integer('max_new_tokens', 64, 'Longest answer.', lower_bound=1)
+_SET = flags.DEFINE_multi_string('set', [], 'section.field=value: ask with other input settings; may be repeated.')
 flags.mark_flags_as_required(['checkpoint'])
 flags.mark_flags_as_mutual_exclusive(['image', 'video'])
 
 
 def main(argv) -> None:
   mesh = make_mesh((1, 1, 1), devices=jax.devices()[:1])
-  answerer = Answerer(load_run(Path(_CHECKPOINT.value), mesh, _STEP.value), max_new_tokens=_MAX_NEW.value)
+  run = load_run(Path(_CHECKPOINT.value), mesh, _STEP.value, _SET.value)
+  answerer = Answerer(run, max_new_tokens=_MAX_NEW.value)
   files = ((IMAGE_TAG, _IMAGE.value), (VIDEO_TAG, _VIDEO.value))
   shown = next(((tag, Path(file)) for tag, file in files if file), None)
   if len(argv) > 1:

@@ -1,7 +1,8 @@
 """Asks a trained run every question of a split and scores the answers.
 
 python launch/evaluate.py --workdir=runs/tiny --dataset=data/easy_vqa --split=test
-Add --images=blank or --images=swapped to see how much the model looks.
+Add --images=blank or --images=swapped to see how much the model looks, --set data.grid=2 --set model.dtype=float32 or
+other fields of `infer.load.CHANGEABLE` to ask with other input settings than it was trained with.
 """
 
 from pathlib import Path
@@ -23,12 +24,14 @@ _STEP = flags.DEFINE_integer('step', None, 'Checkpoint step; default the newest.
 _BATCH = flags.DEFINE_integer('batch_size', 256, 'Questions per batch, over all devices.', lower_bound=1)
 _MAX_NEW = flags.DEFINE_integer('max_new_tokens', 16, 'Longest answer.', lower_bound=1)
 _LIMIT = flags.DEFINE_integer('limit', 0, 'Ask only the first so many questions; 0 = all.', lower_bound=0)
+_SET = flags.DEFINE_multi_string('set', [], 'section.field=value: ask with other input settings; may be repeated.')
 flags.mark_flags_as_required(['workdir', 'dataset'])
 
 
 def main(_) -> None:
   out = Path(_OUT.value or Path(_WORKDIR.value) / 'evaluation')
-  answerer = Answerer(load_run(Path(_WORKDIR.value), make_mesh(), _STEP.value), max_new_tokens=_MAX_NEW.value)
+  run = load_run(Path(_WORKDIR.value), make_mesh(), _STEP.value, _SET.value)
+  answerer = Answerer(run, max_new_tokens=_MAX_NEW.value)
   for images in _IMAGES.value:
     summary = evaluate(
       answerer,

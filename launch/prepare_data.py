@@ -16,6 +16,7 @@ _MEDIA_ROOT = flags.DEFINE_list(
   'media_root', [], 'Directory that image and video paths are relative to; one for all sources, or one each.'
 )
 _OUT = flags.DEFINE_string('out', None, 'Directory to write.')
+_TOKENIZER = flags.DEFINE_string('tokenizer', '', 'HF tokenizer directory to check the text against and to store.')
 _VOCAB_SIZE = flags.DEFINE_integer(
   'tokenizer_vocab_size', 512, 'Most tokens of the tokenizer that is trained; 0 = train none.', lower_bound=0
 )
@@ -35,6 +36,7 @@ def main(_) -> None:
     _OUT.value,
     splits=_SPLIT.value,
     media_roots=_MEDIA_ROOT.value,
+    tokenizer=_TOKENIZER.value,
     tokenizer_vocab_size=_VOCAB_SIZE.value,
     max_refused=_MAX_REFUSED.value,
     number_duplicates=_NUMBER_DUPLICATES.value,

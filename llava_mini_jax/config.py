@@ -172,12 +172,10 @@ class LlavaMiniConfig:
   prefusion: PrefusionConfig
   decoder: DecoderConfig
   detach_text: bool = True  # text embeddings enter without gradient, so embed_tokens never trains (released)
-  text_only: str = (
-    'skip'  # rows without an image: plain decoder; zero_image = fused with zero pixels (released training)
-  )
-  video_stop_grad: bool = (
-    False  # no gradient through the visuals of rows laid out for several (released: of 6-D videos)
-  )
+  # rows without an image: skip = plain decoder; zero_image = fused with pixels of zero (released training)
+  text_only: str = 'skip'
+  # True: no gradient through any visual of a batch whose rows hold several (released: of videos stacked to 6-D)
+  video_stop_grad: bool = False
   visual_chunk: int = 0  # most visuals of a row in memory at a time: memory flat in a video's length; 0 = all
   dtype: str = 'bfloat16'  # compute; parameters are f32
   scan: ScanConfig = ScanConfig()

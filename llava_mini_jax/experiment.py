@@ -31,9 +31,8 @@ class DataConfig:
   fused_text: int = 0  # T; 0 = row_length
   aspect: str = 'pad'  # pad to a square with the mean colour, or crop the centre
   grid: int = 1  # r > 1: high resolution, r × r crops besides the whole image
-  grid_order: str = (
-    'pad_then_split'  # how crops come about (`images.ImageProcessor`); released evaluation: split_then_pad
-  )
+  # how crops come about (`images.ImageProcessor`): as in released training; released evaluation: split_then_pad
+  grid_order: str = 'pad_then_split'
   video_fps: float = 1.0  # frames per second that are seen
   video_frames: int = 0  # instead of video_fps: so many, evenly spread
   video_max_frames: int = 0  # of video_fps; a longer video is seen at so many, evenly spread. 0 = no limit
@@ -61,8 +60,12 @@ class DataConfig:
       raise ConfigError('DataConfig: expected at most one of pack and group_by_length; found both')
     if self.row_lengths and not self.group_by_length:
       raise ConfigError('DataConfig.row_lengths: expected none without group_by_length')
-    if (self.pack or self.row_lengths) and (self.max_turns or self.side_by_side):
-      raise ConfigError('DataConfig: expected no max_turns and no side_by_side with pack or row_lengths; found one')
+    if (self.pack or self.group_by_length) and (self.max_turns or self.side_by_side):
+      raise ConfigError('DataConfig: expected no max_turns and no side_by_side with pack or group_by_length; found one')
+    if self.truncate and self.side_by_side:
+      raise ConfigError('DataConfig: expected at most one of truncate and side_by_side; found both')
+    if self.mixture and self.dataset:
+      raise ConfigError('DataConfig: expected at most one of dataset and mixture; found both')
     if not 0 <= self.flip <= 1:
       raise ConfigError(f'DataConfig.flip: expected a probability; found {self.flip}')
 

@@ -15,19 +15,20 @@ import numpy as np
 from flax import nnx
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.data.rows import RowShape, build_row
+from llava_mini_jax.data.rows import build_row
+from llava_mini_jax.infer.prompts import prompt_shape
 from llava_mini_jax.models.llava_mini import LlavaMini, build
 from llava_mini_jax.train.tree import abstract_model
 from llava_mini_jax.types import IMAGE_TOKEN_ID, Batch
 
 
 def video_row(config: LlavaMiniConfig, frames: int, text: int = 32) -> Batch:
-  """One row: a video of black frames, then `text` instruction tokens."""
-  shape = RowShape.for_model(config, length=frames * config.tokens_per_visual + text, visuals=frames, fused_text=text)
+  """One row, as asking lays it out: a video of black frames, then `text` instruction tokens."""
+  shape = prompt_shape(config, length=frames * config.tokens_per_visual + text, text=text, visuals=frames)
   ids = np.r_[IMAGE_TOKEN_ID, np.ones(text, np.int32)].astype(np.int32)
   row = build_row(ids, np.zeros(len(ids), bool), shape, where='video', visuals_per_tag=[frames])
   size = config.vision.image_size
-  row['pixels'] = np.broadcast_to(np.uint8(0), (frames, 1, size, size, 3))  # takes no memory before it is used
+  row['pixels'] = np.broadcast_to(np.uint8(0), (shape.visuals, 1, size, size, 3))  # takes no memory before it is used
   return Batch(**{name: value[np.newaxis] for name, value in row.items()})
 
 

@@ -52,8 +52,9 @@ def export_model(
   if not str(workdir):
     raise ConfigError('expected --from, the directory of a run; found none')
   shard_bytes, workdir = parse_size(max_shard_size), Path(workdir)
-  model = read_experiment(workdir, step).model
-  config, vision = to_hf_config(model, dtype)
+  experiment = read_experiment(workdir, step)
+  model = experiment.model
+  config, vision = to_hf_config(model, dtype, experiment.data)
   rules = (RELEASED if model.compressor.kind == 'query' else LLAVA).rules()
   planned = _planned(_reader(workdir, model, step), rules, parameter_shapes(model), DTYPES[dtype])
   with new_directory(Path(to)) as directory:

@@ -103,10 +103,11 @@ def open_checkpoint(path: str | os.PathLike) -> HfCheckpoint:
     raise DataError('E_FAMILY', str(path / CONFIG), f'expected model_type {", ".join(known)}; found {kind!r}')
   files = TensorFiles(path)
   vision = read_json(path / VISION_CONFIG) if (path / VISION_CONFIG).is_file() else None
+  without = {'prefusion'} if config.get('prefusion_layer_num') == 0 else set()
   for names in FAMILIES:
     anchors = names.anchors()
     modules = tuple(module for module, anchor in anchors.items() if anchor in files.tensors)
-    if kind in names.model_types and anchors.keys() - set(names.optional) <= set(modules):
+    if kind in names.model_types and anchors.keys() - set(names.optional) - without <= set(modules):
       try:
         parts = parts_from_hf(config, vision)
       except ConfigError as error:

@@ -7,6 +7,7 @@ and that ours does not have, are refused by name.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,9 @@ from llava_mini_jax.config import (
   PrefusionConfig,
   RopeScaling,
   VisionConfig,
+  build_dataclass,
 )
+from llava_mini_jax.experiment import DataConfig
 
 # Checkpoints that name their vision tower, and do not bring its config, mean one of these.
 KNOWN_TOWERS = {'openai/clip-vit-large-patch14-336': VisionConfig()}
@@ -54,6 +57,13 @@ _LLAVA_FIXED = dict(
   vision_feature_select_strategy='default',
   multimodal_projector_bias=True,
 )
+_LLAMA_TYPES = {name: type(value) for name, value in LLAMA_DEFAULTS.items()} | dict(
+  num_key_value_heads=int, head_dim=int, rope_theta=float, tie_word_embeddings=bool
+)
+_CLIP_TYPES = {name: type(value) for name, value in CLIP_DEFAULTS.items()}
+_ROPE_TYPES = {field.name: type(field.default) for field in dataclasses.fields(RopeScaling)} | dict(rope_theta=float)
+# Fields of ours that the format has no name for, kept under `llava_mini_jax` in config.json: how prompts are written.
+OURS, _OUR_FIELDS = 'llava_mini_jax', ('template', 'default_system', 'grid_order')
 # What a released checkpoint always is; other values compute something else.
 _RELEASED_FIXED = dict(
   compressor=dict(kind='query', num_heads=8, space='vision', attention='mha', key_position='query_table'),
@@ -66,6 +76,7 @@ def decoder_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
   _require('config.json', config, _LLAMA_FIXED)
   if (kind := config.get('model_type', 'llama')) not in ('llama', 'llava', 'llava_llama', 'llava_mini_llama'):
     raise ConfigError(f'config.json model_type: expected a llama decoder; found {kind!r}')
+  _require_types('config.json', config, _LLAMA_TYPES)
   sizes = _with_defaults(config, LLAMA_DEFAULTS)
   heads = sizes['num_attention_heads']
   theta, scaling = _rope_from_hf(config)
@@ -74,7 +85,7 @@ def decoder_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     head_dim=config.get('head_dim') or sizes['hidden_size'] // heads,
     rope_theta=theta,
     rope_scaling=scaling,
-    tie_word_embeddings=config.get('tie_word_embeddings', False),
+    tie_word_embeddings=config.get('tie_word_embeddings') or False,
     **sizes,
   )
 
@@ -84,6 +95,7 @@ def vision_from_hf(config: Mapping[str, Any], select_layer: int = -2) -> VisionC
   _require('vision config', config, _CLIP_FIXED)
   if (kind := config.get('model_type', 'clip_vision_model')) not in ('clip', 'clip_vision_model'):
     raise ConfigError(f'vision config model_type: expected clip_vision_model; found {kind!r}')
+  _require_types('vision config', config, _CLIP_TYPES)
   return VisionConfig(select_layer=select_layer, keep_unused_layers=True, **_with_defaults(config, CLIP_DEFAULTS))
 
 
@@ -94,22 +106,41 @@ def released_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Ll
   if missing:
     raise ConfigError(f'config.json: missing {", ".join(missing)}')
   return LlavaMiniConfig(
-    vision=vision_from_hf(vision, config.get('mm_vision_select_layer', -2)),
-    compressor=CompressorConfig(grid=config['compressor_size']),
-    prefusion=PrefusionConfig(num_layers=config['prefusion_layer_num']),
+    vision=vision_from_hf(vision, _integer(config, 'mm_vision_select_layer', -2)),
+    compressor=CompressorConfig(grid=_integer(config, 'compressor_size')),
+    prefusion=PrefusionConfig(num_layers=_integer(config, 'prefusion_layer_num')),
     decoder=decoder_from_hf(config),
   )
 
 
+def data_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of DataConfig: how a LLaVA's images are cut as in released evaluation, and what an export of ours adds.
+
+  Raises:
+    ConfigError.
+  """
+  grid = _integer(config, 'resolution_ratio', 1)
+  if grid < 1:
+    raise ConfigError(f'config.json resolution_ratio: expected a positive integer; found {grid}')
+  aspect = 'pad' if config.get('image_aspect_ratio') == 'pad' else 'crop'
+  ours = _section('config.json', config, OURS)
+  if unknown := sorted(ours.keys() - set(_OUR_FIELDS)):
+    raise ConfigError(f'config.json {OURS}: expected {", ".join(_OUR_FIELDS)}; found {", ".join(unknown)}')
+  found = dict(grid=grid, aspect=aspect, grid_order='split_then_pad') | ours
+  build_dataclass(DataConfig, found, f'config.json {OURS}')
+  return found
+
+
 @dataclasses.dataclass(frozen=True)
 class HfParts:
-  """What a checkpoint's config says of each module; None = it has none, or does not say."""
+  """What a checkpoint's config says of each module; None = it has none, or does not say. data: of DataConfig."""
 
   decoder: DecoderConfig | None = None
   vision: VisionConfig | None = None
   select_layer: int = -2
   compressor: CompressorConfig | None = None
   prefusion: PrefusionConfig | None = None
+  data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def parts_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None = None) -> HfParts:
@@ -124,49 +155,54 @@ def parts_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None = 
   if kind == 'clip_vision_model':
     return HfParts(vision=vision_from_hf(config))
   if kind == 'clip':
-    return HfParts(vision=vision_from_hf(config.get('vision_config') or {}))
+    return HfParts(vision=vision_from_hf(_section('config.json', config, 'vision_config')))
   if kind == 'llama':
     return HfParts(decoder=decoder_from_hf(config))
   _require('config.json', config, _LLAVA_FIXED)
+  data = data_from_hf(config)
   if 'text_config' in config:
     select = config.get('vision_feature_layer', -2)
-    if not isinstance(select, int):
+    if not isinstance(select, int) or isinstance(select, bool):
       raise ConfigError(f'config.json vision_feature_layer: expected one layer; found {select!r}')
-    text = config['text_config'] or {}
-    tower = config.get('vision_config')
-    if tower is None:
+    if config.get('vision_config') is None:
       raise ConfigError('config.json vision_config: missing')
-    return HfParts(decoder=decoder_from_hf(text), vision=vision_from_hf(tower, select), select_layer=select)
-  select = config.get('mm_vision_select_layer', -2)
+    decoder = decoder_from_hf(_section('config.json', config, 'text_config'))
+    tower = vision_from_hf(_section('config.json', config, 'vision_config'), select)
+    return HfParts(decoder=decoder, vision=tower, select_layer=select, data=data)
+  _require_types('config.json', config, dict(mm_vision_tower=str))
+  select = _integer(config, 'mm_vision_select_layer', -2)
   tower = None
   if vision is not None:
     tower = vision_from_hf(vision, select)
   elif config.get('mm_vision_tower') in KNOWN_TOWERS:
     known = KNOWN_TOWERS[config['mm_vision_tower']]
     tower = dataclasses.replace(known, select_layer=select, keep_unused_layers=True)
-  parts = HfParts(decoder_from_hf(config), tower, select)
+  parts = HfParts(decoder_from_hf(config), tower, select, data=data)
   if 'compressor_size' not in config:
     return parts
   return dataclasses.replace(
     parts,
-    compressor=CompressorConfig(grid=config['compressor_size']),
-    prefusion=PrefusionConfig(num_layers=config.get('prefusion_layer_num', 4)),
+    compressor=CompressorConfig(grid=_integer(config, 'compressor_size')),
+    prefusion=PrefusionConfig(num_layers=_integer(config, 'prefusion_layer_num', 4)),
   )
 
 
-def to_hf_config(model: LlavaMiniConfig, dtype: str = 'float32') -> tuple[dict[str, Any], dict[str, Any]]:
+def to_hf_config(
+  model: LlavaMiniConfig, dtype: str = 'float32', data: DataConfig | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """The released `config.json` and `vision_config.json`; `LlavaMiniConfig.from_hf` is the inverse.
 
   A model without compressor and pre-fusion becomes a LLaVA-v1.5. How it trains and runs (dtype, remat, what is fused
   at inference) is not part of the format.
 
+  Args:
+    data: how images are cut and prompts written, which `data_from_hf` reads again; None = the defaults.
   Raises:
     ConfigError: the model computes something that the released package cannot, naming every such field.
   """
-  decoder, vision = model.decoder, model.vision
+  decoder, vision, data = model.decoder, model.vision, data or DataConfig()
   bare = model.compressor.kind == 'none' and not model.prefusion.num_layers
-  if not bare:
-    _require_released(model)
+  _require_released(model, data, bare)
   config = dict(
     architectures=['LlavaLlamaForCausalLM' if bare else 'LlavaMiniLlamaForCausalLM'],
     model_type='llava_llama' if bare else 'llava_mini_llama',
@@ -179,7 +215,7 @@ def to_hf_config(model: LlavaMiniConfig, dtype: str = 'float32') -> tuple[dict[s
     **_LLAMA_FIXED,
     attention_dropout=0.0,
     use_cache=True,
-    image_aspect_ratio='pad',
+    image_aspect_ratio='pad' if data.aspect == 'pad' else 'square',
     mm_hidden_size=vision.hidden_size,
     mm_patch_merge_type='flat',
     mm_projector_type='mlp2x_gelu',
@@ -191,10 +227,13 @@ def to_hf_config(model: LlavaMiniConfig, dtype: str = 'float32') -> tuple[dict[s
     unfreeze_mm_vision_tower=True,  # else the released package takes the tower of that name, not the exported one
     use_mm_proj=True,
     torch_dtype=dtype,
+    **{OURS: {name: getattr(data, name) for name in _OUR_FIELDS}},
   )
   if not bare:
     config |= dict(
-      compressor_size=model.compressor.grid, prefusion_layer_num=model.prefusion.num_layers, resolution_ratio=1
+      compressor_size=model.compressor.grid,
+      prefusion_layer_num=model.prefusion.num_layers,
+      resolution_ratio=data.grid,
     )
   tower = dict(
     architectures=['CLIPVisionModel'],
@@ -233,9 +272,40 @@ def _require(where: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) ->
       )
 
 
-def _require_released(model: LlavaMiniConfig) -> None:
-  faults = []
-  for section, fields in _RELEASED_FIXED.items():
+def _section(where: str, config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  """The object under that name; an empty one for null or none. Raises ConfigError."""
+  value = config.get(name)
+  if value is not None and not isinstance(value, Mapping):
+    raise ConfigError(f'{where} {name}: expected an object; found {value!r}')
+  return value or {}
+
+
+def _integer(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+  value = config.get(name, default)
+  if not _is(value, int):
+    raise ConfigError(f'config.json {name}: expected int; found {value!r}')
+  return value
+
+
+def _require_types(where: str, config: Mapping[str, Any], types: Mapping[str, type], prefix: str = '') -> None:
+  """Raises ConfigError for the first field of another type; null and absent ones have a default."""
+  for name, kind in types.items():
+    value = config.get(name)
+    if value is not None and not _is(value, kind):
+      raise ConfigError(f'{where} {prefix}{name}: expected {kind.__name__}; found {value!r}')
+
+
+def _is(value: Any, kind: type) -> bool:
+  if isinstance(value, bool):
+    return kind is bool
+  if kind is float:
+    return isinstance(value, int | float) and math.isfinite(value)
+  return isinstance(value, kind)
+
+
+def _require_released(model: LlavaMiniConfig, data: DataConfig, bare: bool) -> None:
+  faults = [f'data.grid: expected 1, found {data.grid}'] if bare and data.grid != 1 else []
+  for section, fields in ({} if bare else _RELEASED_FIXED).items():
     for name, value in fields.items():
       found = getattr(getattr(model, section), name)
       if found != value:
@@ -251,12 +321,13 @@ def _with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> di
 def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
   """From `rope_parameters` (transformers 5), else from `rope_theta` and `rope_scaling` (before). Raises ConfigError."""
   field = 'rope_parameters' if config.get('rope_parameters') else 'rope_scaling'
-  rope = config.get(field) or {}
+  rope = _section('config.json', config, field)
+  _require_types('config.json', rope, _ROPE_TYPES, f'{field}.')
   kind = rope.get('rope_type', rope.get('type', 'default' if field == 'rope_parameters' else 'llama3'))
   if kind not in ('llama3', 'default'):
     raise ConfigError(f'config.json {field}: expected type llama3 or null; found {kind!r}')
   names = [f.name for f in dataclasses.fields(RopeScaling)] if kind == 'llama3' else []
-  scaling = RopeScaling(**{name: rope[name] for name in names if name in rope})
+  scaling = RopeScaling(**{name: rope[name] for name in names if rope.get(name) is not None})
   return rope.get('rope_theta') or config.get('rope_theta') or 10000.0, scaling
 
 

@@ -2,35 +2,38 @@
 
 Enters one checkpoint, or one per module; leaves `weights/` (see `run_weights`) and `tokenizer/`. Sources in float16,
 bfloat16 and float32 become float32 masters, which holds each of them exactly; integers are refused. A tensor is in
-memory only while it is written, so the peak is that of the largest one, or of the modules made at random.
+memory only while it is written, so the peak is that of the largest one (of one layer, where they are stacked).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+import transformers
 from flax import nnx
 
 from llava_mini_jax.config import CompressorConfig, ConfigError, LlavaMiniConfig, PrefusionConfig
 from llava_mini_jax.convert.hf_checkpoint import HfCheckpoint, open_checkpoint
+from llava_mini_jax.convert.names import MODULES
 from llava_mini_jax.convert.run_weights import write_run
 from llava_mini_jax.convert.tensor_writer import Planned, new_directory, parse_size
 from llava_mini_jax.convert.tokenizer_copy import copy_tokenizer
+from llava_mini_jax.data.conversation import load_template
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 from llava_mini_jax.models.compressor import QueryCompressor
-from llava_mini_jax.models.prefusion import Prefusion
+from llava_mini_jax.models.layers import LlamaLayer
 from llava_mini_jax.models.projector import Projector
 from llava_mini_jax.train.checkpoint import CheckpointError
 from llava_mini_jax.train.tree import flatten, parameter_shapes
 
-MODULES = ('vision', 'projector', 'compressor', 'prefusion', 'decoder')
 _RANDOM, _DECODER = 'random', 'decoder'
+_LAYERS = 'layers/'  # what the paths of stacked parameters begin with, within their module
 _TEMPLATES = {'<|im_start|>': 'chatml', '<|start_header_id|>': 'llama_3_1'}  # a token that only its models have
 
 
@@ -64,22 +67,22 @@ def import_model(
 
   Args:
     tokenizer: HF directory; '' = the one beside the decoder's weights.
-    template: of conversations; '' = the one whose special tokens the tokenizer has, else vicuna_v1.
+    template: of conversations; '' = the one stored in an export of ours, else the one whose special tokens the
+      tokenizer has, else vicuna_v1.
     progress: told each parameter's path before it is written.
   Returns:
     The experiment stored with the weights: its model is what the checkpoints say.
   Raises:
     CheckpointError: tensors that are missing, unexpected, misshaped or of another dtype, all of them at once.
-    DataError, ConfigError: see `hf_checkpoint.open_checkpoint`; no tokenizer; not enough sources.
+    DataError, ConfigError: see `hf_checkpoint.open_checkpoint`; no tokenizer or template; not enough sources.
   """
   shard_bytes = parse_size(max_shard_size)
   whole, origins = _open(sources)
   model = _model(whole, origins, sources)
   shapes = parameter_shapes(model)
   _check(origins, shapes)
-  fresh = _Fresh(model, sources.seed)
   planned = [
-    Planned(path, shape, np.dtype(np.float32), _pieces(origins, fresh, path, shape))
+    Planned(path, shape, np.dtype(np.float32), _pieces(origins, model, sources.seed, path, shape))
     for path, shape in sorted(shapes.items())
   ]
   for origin in _checkpoints(origins):
@@ -88,10 +91,18 @@ def import_model(
     words = copy_tokenizer(Path(tokenizer or origins['decoder'].files.path), directory / 'tokenizer')
     if len(words) > model.decoder.vocab_size:
       raise ConfigError(f'tokenizer: expected at most {model.decoder.vocab_size} tokens; found {len(words)}')
-    template = template or next((name for token, name in _TEMPLATES.items() if token in words.get_vocab()), 'vicuna_v1')
-    experiment = Experiment(model, DataConfig(template=template), TrainConfig())
+    experiment = Experiment(model, _data(whole, words, template), TrainConfig())
     write_run(directory, experiment, planned, max_shard_bytes=shard_bytes, progress=progress)
   return experiment
+
+
+def _data(whole: HfCheckpoint | None, words: transformers.PreTrainedTokenizerFast, template: str) -> DataConfig:
+  """How a whole model's samples are laid out; the template given, else stored, else that of the special tokens."""
+  stored = dict(whole.parts.data) if whole else {}
+  special = next((name for token, name in _TEMPLATES.items() if token in words.get_vocab()), 'vicuna_v1')
+  data = DataConfig(**{'template': special, **stored, **({'template': template} if template else {})})
+  load_template(data.template)
+  return data
 
 
 def describe(experiment: Experiment) -> str:
@@ -156,46 +167,39 @@ def _check(origins: Mapping[str, HfCheckpoint | str], shapes: Mapping[str, tuple
     raise CheckpointError('\n'.join(lines))
 
 
-class _Fresh:
-  """Modules initialised at random, one at a time in memory."""
+def _drawn(model: LlavaMiniConfig, seed: int, path: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+  """A parameter initialised at random, layer by layer if it is stacked; the compiler drops the rest of its module."""
+  module, name = path.split('/', 1)
+  stacked = name.startswith(_LAYERS)
 
-  def __init__(self, model: LlavaMiniConfig, seed: int):
-    self._model, self._seed = model, seed
-    self._module, self._arrays = '', {}
+  def build(key: jax.Array) -> jax.Array:
+    rngs = nnx.Rngs(key)
+    if module == 'compressor':
+      made = QueryCompressor(model.compressor, model.compressor_width, rngs=rngs)
+    elif module == 'prefusion':
+      made = LlamaLayer(model.decoder, rngs=rngs)
+    else:
+      made = Projector(model.vision.hidden_size, model.decoder.hidden_size, rngs=rngs)
+    return flatten(nnx.to_pure_dict(nnx.state(made)))[name.removeprefix(_LAYERS)]
 
-  def parameter(self, path: str) -> np.ndarray:
-    module = path.split('/')[0]
-    if module != self._module:
-      self._arrays = {}
-      self._module, self._arrays = module, self._initialise(module)
-    return self._arrays[path]
-
-  def _initialise(self, module: str) -> dict[str, np.ndarray]:
-    model = self._model
-
-    def build(key: jax.Array) -> dict[str, jax.Array]:
-      rngs = nnx.Rngs(key)
-      if module == 'compressor':
-        made = QueryCompressor(model.compressor, model.compressor_width, rngs=rngs)
-      elif module == 'prefusion':
-        made = Prefusion(model.prefusion, model.decoder, scan=model.scan, rngs=rngs)
-      else:
-        made = Projector(model.vision.hidden_size, model.decoder.hidden_size, rngs=rngs)
-      return flatten(nnx.to_pure_dict(nnx.state(made)))
-
-    # On the host, whatever accelerator there is; optimising would take longer than it runs.
-    with jax.default_device(jax.local_devices(backend='cpu')[0]):
-      key = jax.random.fold_in(jax.random.key(self._seed), MODULES.index(module))
-      made = jax.jit(build, compiler_options=dict(xla_backend_optimization_level=0))(key)
-    return {f'{module}/{path}': np.asarray(leaf) for path, leaf in made.items()}
+  # On the host, whatever accelerator there is; optimising would take longer than it runs.
+  host = jax.local_devices(backend='cpu')[0]
+  draw = jax.jit(build, compiler_options=dict(xla_backend_optimization_level=0))
+  with jax.default_device(host):
+    key = jax.random.fold_in(jax.random.key(seed), MODULES.index(module))
+    keys = jax.random.split(nnx.Rngs(key).params(), shape[0]) if stacked else [key]
+  for key in keys:
+    with jax.default_device(host):
+      drawn = draw(key)
+    yield np.asarray(drawn)
 
 
 def _pieces(
-  origins: Mapping[str, HfCheckpoint | str], fresh: _Fresh, path: str, shape: tuple[int, ...]
+  origins: Mapping[str, HfCheckpoint | str], model: LlavaMiniConfig, seed: int, path: str, shape: tuple[int, ...]
 ) -> Callable[[], Iterable[np.ndarray]]:
   origin = origins[path.split('/')[0]]
   if isinstance(origin, HfCheckpoint):
     return lambda: origin.layers(path, shape)
   if origin == _DECODER:
     return lambda: origins['decoder'].layers(path.replace('prefusion/', 'decoder/', 1), shape)
-  return lambda: [fresh.parameter(path)]
+  return lambda: _drawn(model, seed, path, shape)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+MODULES = ('vision', 'projector', 'compressor', 'prefusion', 'decoder')
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:

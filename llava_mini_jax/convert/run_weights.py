@@ -8,8 +8,9 @@ reads its own slice of it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.convert.names import MODULES
 from llava_mini_jax.convert.tensor_files import TensorFiles, read_json
 from llava_mini_jax.convert.tensor_writer import Planned, write_tensors
 from llava_mini_jax.experiment import Experiment
@@ -27,6 +29,13 @@ from llava_mini_jax.train.checkpoint import CheckpointError, Checkpoints
 from llava_mini_jax.train.tree import abstract_model, flatten, parameter_shapes, unflatten
 
 WEIGHTS, EXPERIMENT, CHECKPOINTS = 'weights', 'experiment.json', 'checkpoints'
+# Fields that change what a module computes and not the shapes of its parameters.
+_MEANING = dict(
+  vision=('num_hidden_layers', 'select_layer', 'layer_norm_eps'),
+  compressor=('space', 'attention', 'key_position', 'num_heads'),
+  prefusion=('fuse_compressed',),
+  decoder=('rope_theta', 'rope_scaling', 'rms_norm_eps'),
+)
 
 
 def is_imported(workdir: Path) -> bool:
@@ -120,17 +129,21 @@ def starting_parameters(
   out, to stay as they are initialised. Optimizer and step are not read.
 
   Raises:
-    CheckpointError: parameters of a shared module that are missing, unexpected or misshaped; lists all of them.
+    CheckpointError: fields of a shared module that would make it compute something else, and its parameters that are
+      missing, unexpected or misshaped; lists all of them.
   """
   stored = parameter_shapes(source := read_experiment(workdir, step).model)
   with use_mesh(mesh):
     where = flatten(nnx.to_pure_dict(nnx.get_named_sharding(abstract_model(model)[1], mesh)))
-  wanted, modules = parameter_shapes(model), {path.split('/')[0] for path in stored}
+  wanted, modules = parameter_shapes(model), _modules(stored)
   origin = {path: path for path in wanted if path.split('/')[0] in modules}
-  if 'prefusion' not in modules and model.prefusion.init == 'decoder':
+  if _copies_prefusion(model, modules):
     copies = [path for path in wanted if path.startswith('prefusion/')]
     origin |= {path: path.replace('prefusion/', 'decoder/', 1) for path in copies}
-  _compare(workdir, {path: wanted[path] for path in origin}, origin, stored)
+  faults = _differences(source, model, modules & _modules(wanted))
+  faults += _misfits({path: wanted[path] for path in origin}, origin, stored)
+  if faults:
+    raise CheckpointError(f'{workdir} does not fit this model:\n  ' + '\n  '.join(faults))
 
   if is_imported(workdir):
     files = open_weights(workdir, source)
@@ -141,13 +154,63 @@ def starting_parameters(
   return {path: _first_layers(loaded[origin[path]], wanted[path], where[path]) for path in origin}
 
 
-def _compare(
-  workdir: Path,
-  wanted: Mapping[str, tuple[int, ...]],
-  origin: Mapping[str, str],
-  stored: Mapping[str, tuple[int, ...]],
-) -> None:
-  """Raises CheckpointError unless all that is wanted is there, in its shape or with more layers where that is fine."""
+def describe_start(workdir: Path, model: LlavaMiniConfig, step: int | None = None) -> str:
+  """Which modules `starting_parameters` takes from the run, which it leaves there, and which start anew: one line.
+
+  Raises:
+    CheckpointError: there is no such run.
+  """
+  there = _modules(parameter_shapes(read_experiment(workdir, step).model))
+  wanted = _modules(parameter_shapes(model))
+  copied = {'prefusion'} & wanted if _copies_prefusion(model, there) else set()
+
+  def listed(modules: set[str]) -> str:
+    return ', '.join(module for module in MODULES if module in modules) or 'none'
+
+  line = (
+    f'from {workdir}: loaded {listed(there & wanted)}; left out {listed(there - wanted)}; '
+    f'started anew: {listed(wanted - there - copied)}'
+  )
+  return f'{line}; prefusion copied from the decoder' if copied else line
+
+
+def _modules(paths: Iterable[str]) -> set[str]:
+  return {path.split('/')[0] for path in paths}
+
+
+def _copies_prefusion(model: LlavaMiniConfig, modules: set[str]) -> bool:
+  return 'prefusion' not in modules and model.prefusion.init == 'decoder'
+
+
+def _differences(stored: LlavaMiniConfig, wanted: LlavaMiniConfig, shared: set[str]) -> list[str]:
+  """One line per field, of the modules that both have, whose values make the same parameters compute other things."""
+  faults = []
+  for module in (module for module in MODULES if module in shared & _MEANING.keys()):
+    old, new = getattr(stored, module), getattr(wanted, module)
+    fields = [(name, getattr(old, name), getattr(new, name)) for name in _MEANING[module]]
+    if module == 'vision' and old.run_layers == new.run_layers:
+      fields = [field for field in fields if field[0] == 'layer_norm_eps']  # the same layer, counted otherwise
+    for name, a, b in fields:
+      if name == 'num_heads' and {old.attention, new.attention} == {'plain'}:
+        continue  # which has none
+      if name != 'rope_scaling':
+        faults += _difference(f'model.{module}.{name}', a, b)
+      elif {a.factor, b.factor} != {1.0}:  # else it is off in both
+        names = [field.name for field in dataclasses.fields(a)]
+        faults += [
+          line for n in names for line in _difference(f'model.{module}.{name}.{n}', getattr(a, n), getattr(b, n))
+        ]
+  return faults
+
+
+def _difference(field: str, stored: Any, wanted: Any) -> list[str]:
+  return [f'{field}: stored {stored!r}, wanted {wanted!r}'] if stored != wanted else []
+
+
+def _misfits(
+  wanted: Mapping[str, tuple[int, ...]], origin: Mapping[str, str], stored: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+  """One line for all that is wanted and not there, in its shape or with more layers where that is fine; or too much."""
   faults = []
   for path, shape in sorted(wanted.items()):
     found = stored.get(origin[path])
@@ -157,14 +220,11 @@ def _compare(
       faults.append(f'{path}: missing')
     elif found != shape and not (may_be_cut and found[1:] == shape[1:] and found[0] > shape[0]):
       faults.append(f'{path}: expected {list(shape)}, found {list(found)}')
-  modules = {path.split('/')[0] for path in wanted}
-  unused = {
-    path for path in stored if path.startswith('vision/post_layernorm/')
-  }  # as the layers after the selected one
+  modules = _modules(wanted)
+  # As the layers after the selected one.
+  unused = {path for path in stored if path.startswith('vision/post_layernorm/')}
   extra = {path for path in stored if path.split('/')[0] in modules} - set(origin.values()) - unused
-  faults += [f'{path}: unexpected' for path in sorted(extra)]
-  if faults:
-    raise CheckpointError(f'{workdir} does not fit this model:\n  ' + '\n  '.join(faults))
+  return faults + [f'{path}: unexpected' for path in sorted(extra)]
 
 
 def _load(files: TensorFiles, path: str, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:

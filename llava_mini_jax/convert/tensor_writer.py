@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -78,20 +79,22 @@ def new_directory(directory: Path) -> Iterator[Path]:
   Raises:
     DataError: E_EXISTS if there is one by that name that is not empty.
   """
-  if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-    raise DataError('E_EXISTS', str(directory), 'expected no such file or directory, or an empty one')
-  partial = directory.with_name(f'{directory.name}.partial')
-  if partial.exists():
-    shutil.rmtree(partial)
+  directory = directory.absolute()
+  _require_vacant(directory)
+  # A name of its own: another process may be writing the same directory.
+  partial = directory.with_name(f'.{directory.name}.partial-{uuid.uuid4().hex[:8]}')
   partial.mkdir(parents=True)
   try:
     yield partial
-    if directory.exists():
-      directory.rmdir()
+    _require_vacant(directory)
     partial.rename(directory)
   finally:
-    if partial.exists():
-      shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_vacant(directory: Path) -> None:
+  if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    raise DataError('E_EXISTS', str(directory), 'expected no such file or directory, or an empty one')
 
 
 def _shards(planned: Sequence[Planned], limit: int) -> list[list[Planned]]:

@@ -225,17 +225,14 @@ def end_of_turn(tokenizer: transformers.PreTrainedTokenizerFast, template: jinja
   Raises:
     ConfigError: what the template writes after an answer is not one token of this tokenizer.
   """
-  text, spans = render(
-    template,
-    [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}],
-    bos_token=tokenizer.bos_token or '',
-    eos_token=tokenizer.eos_token or '',
-  )
+  dialogue = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+  text, spans = render(template, dialogue, bos_token=tokenizer.bos_token or '', eos_token=tokenizer.eos_token or '')
   end = text[slice(*spans[-1])].partition('b')[2] if spans else ''
-  ids = tokenizer.backend_tokenizer.encode(end, add_special_tokens=False).ids
-  if len(ids) != 1:
+  encoded = encode(tokenizer, template, dialogue)
+  last = encoded.ids[encoded.assistant][-1:].tolist()  # in its place: alone, some tokenizers put a space before it
+  if not end or tokenizer.backend_tokenizer.decode(last, skip_special_tokens=False) != end:
     raise ConfigError(f'template: expected an end of turn that is one token of the tokenizer; found {end!r}')
-  return ids[0]
+  return last[0]
 
 
 def turns_from_llava(conversations: Any, where: str) -> list[Turn]:
@@ -289,10 +286,15 @@ def check_targets(encoded: Encoded, where: str) -> None:
     raise DataError('E_NO_TARGET', where, f'expected at least one assistant token; found none in {tokens} tokens')
 
 
+def special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> set[str]:
+  """What text must not spell. `<image>` and `<video>`, special to some tokenizers, never reach one and are left out."""
+  added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+  found = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+  return found - {IMAGE_TAG, VIDEO_TAG}
+
+
 @functools.lru_cache(maxsize=8)
 def _special_tokens(tokenizer, size: int) -> re.Pattern:
   """Matches any special token of the tokenizer; `size`, its length, makes tokens added later count."""
-  added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-  tokens = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-  longer_first = sorted(tokens, reverse=True)  # of two that begin alike, so that the error names the right one
+  longer_first = sorted(special_tokens(tokenizer), reverse=True)  # of two that begin alike, so that the error is right
   return re.compile('|'.join(map(re.escape, longer_first)) or r'(?!)')

@@ -15,11 +15,17 @@ from typing import Any
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data import easy_vqa, records
-from llava_mini_jax.data.conversation import IMAGE_TAG
+from llava_mini_jax.data.conversation import MEDIA_TAG, special_tokens
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.records import Record
 from llava_mini_jax.data.sources import Report, read_llava
-from llava_mini_jax.data.tokenizer import SPECIAL_TOKENS, fingerprint, save_tokenizer, train_tokenizer
+from llava_mini_jax.data.tokenizer import (
+  SPECIAL_TOKENS,
+  fingerprint,
+  load_tokenizer,
+  save_tokenizer,
+  train_tokenizer,
+)
 
 EASY_VQA = 'easy_vqa'
 _LISTED = 20  # refusals shown; summary.json holds them all
@@ -42,6 +48,7 @@ def prepare(
   *,
   splits: Sequence[str] = ('train',),
   media_roots: Sequence[str | os.PathLike] = (),
+  tokenizer: str | os.PathLike = '',
   tokenizer_vocab_size: int = 512,
   max_refused: float = 0.0,
   number_duplicates: bool = False,
@@ -54,7 +61,9 @@ def prepare(
     files: LLaVA-style annotation files (`sources.read_llava`); or 'easy_vqa' alone, which brings its own splits.
     splits: the name of the split that each file becomes.
     media_roots: where the image and video paths of each file are relative to; one = the same for all, none = text only.
-    tokenizer_vocab_size: of the tokenizer to train; 0 = train none.
+    tokenizer: HF directory of the tokenizer to use: text that spells one of its special tokens is refused, and it is
+      stored with the dataset. '' = train one.
+    tokenizer_vocab_size: of the tokenizer to train; 0 = none.
     max_refused: share of a file's samples that may be refused. With the default any refusal fails the whole, after
       all samples of the file were looked at, so that one run shows everything there is to mend in it.
     number_duplicates: as `sources.read_llava`.
@@ -68,7 +77,8 @@ def prepare(
     DataError: E_REFUSED (more than max_refused; lists the first), E_OUT_EXISTS, E_SPLIT_NAME, E_EMPTY, E_NO_SOURCE,
       E_JSON, E_VOCAB_SIZE.
   """
-  reserved = SPECIAL_TOKENS if tokenizer_vocab_size else ()
+  given = load_tokenizer(tokenizer) if tokenizer else None
+  reserved = special_tokens(given) if given else SPECIAL_TOKENS if tokenizer_vocab_size else ()
   if not 0 <= max_refused <= 1:
     raise ConfigError(f'max_refused: expected a share from 0 to 1; found {max_refused}')
   with records.staged(out, force=force) as directory:
@@ -88,11 +98,12 @@ def prepare(
       ],
       'tokenizer': None,
     }
-    if tokenizer_vocab_size:
+    if not given and tokenizer_vocab_size:
       learnt_from = ['train'] if 'train' in found else list(found)
-      tokenizer = train_tokenizer(_texts(directory, learnt_from), tokenizer_vocab_size)
-      save_tokenizer(tokenizer, directory / 'tokenizer')
-      summary['tokenizer'] = {'size': len(tokenizer), 'sha256': fingerprint(tokenizer)}
+      given = train_tokenizer(_texts(directory, learnt_from), tokenizer_vocab_size)
+    if given:
+      save_tokenizer(given, directory / 'tokenizer')
+      summary['tokenizer'] = {'size': len(given), 'sha256': fingerprint(given)}
     (directory / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
   return summary
 
@@ -158,4 +169,4 @@ def _texts(directory: Path, splits: list[str]) -> Iterator[str]:
     split = records.open_split(directory, name)
     for index in range(len(split)):
       for turn in split[index]['conversations']:
-        yield turn['value'].replace(IMAGE_TAG, '').strip()
+        yield MEDIA_TAG.sub('', turn['value']).strip()

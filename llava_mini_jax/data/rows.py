@@ -136,7 +136,7 @@ def _visual_fields(slots: np.ndarray, fused_at: np.ndarray, visuals: int, shape:
 def cut(
   ids: np.ndarray, learn: np.ndarray, shape: RowShape, *, where: str, visuals_per_tag: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Leaves off what does not fit at the end of a sample (as `build_row` takes it), if that is text.
+  """Leaves off what does not fit at the end of a sample (as `build_row` takes it), in L or in T, if that is text.
 
   Raises:
     DataError: E_TOO_LONG if an image or a video, or every token to learn, would be lost.
@@ -145,9 +145,11 @@ def cut(
   width = np.ones(len(ids), np.int64)
   width[is_tag] = shape.tokens_per_visual * np.asarray(visuals_per_tag, np.int64)
   fits = np.cumsum(width) <= shape.length
+  if is_tag.any():
+    fits &= np.cumsum(~is_tag & ~learn) <= shape.fused_text
   if fits.all():
     return ids, learn
-  length = f'{int(width.sum())} tokens with vision slots, cut at {shape.length}'
+  length = f'{int(width.sum())} tokens with vision slots, cut at {int(width[fits].sum())}'
   if is_tag[~fits].any():
     raise DataError('E_TOO_LONG', where, f'expected every <image> to fit; found {length}, which loses one')
   if not learn[fits].any():

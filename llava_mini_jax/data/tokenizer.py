@@ -7,6 +7,7 @@ texts become single tokens. Its special tokens are those of the `chatml` templat
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterable
@@ -72,13 +73,17 @@ def load_tokenizer(directory: str | os.PathLike) -> transformers.PreTrainedToken
   """Loads an HF tokenizer directory; no network, no remote code.
 
   Raises:
-    DataError: E_NO_TOKENIZER if there is none, it is damaged, or it has no fast version.
+    DataError: E_NO_TOKENIZER if there is none, it is damaged, it has no fast version, or its package is missing.
   """
   where = os.fspath(directory)
   if not Path(directory).is_dir():
     raise DataError('E_NO_TOKENIZER', where, 'no such directory')
-  if not any((Path(directory) / name).is_file() for name in ('tokenizer.json', 'tokenizer.model')):
+  found = [name for name in ('tokenizer.json', 'tokenizer.model') if (Path(directory) / name).is_file()]
+  if not found:
     raise DataError('E_NO_TOKENIZER', where, 'expected tokenizer.json or tokenizer.model in it; found neither')
+  if found == ['tokenizer.model'] and importlib.util.find_spec('sentencepiece') is None:
+    wanted = 'expected the package sentencepiece to read tokenizer.model; pip install llava_mini_jax[convert]'
+    raise DataError('E_NO_TOKENIZER', where, wanted)
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
   except Exception as error:  # transformers and the Rust parser raise bare Exceptions for damaged files

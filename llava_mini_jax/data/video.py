@@ -194,8 +194,10 @@ def _opened(source: bytes | Path, where: str) -> Iterator[tuple[Any, Any]]:
     file.seek(0)
     limits = {'max_pixels': str(MAX_PIXELS)}
     options = limits | {'protocol_whitelist': 'none'}
+    # metadata that is no text is of no interest; from PyAV 19 on it is decoded when it is looked up
+    lenient = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
     try:
-      with av.open(file, format=demuxer, options=options, metadata_errors='replace', buffer_size=_READ) as container:
+      with av.open(file, format=demuxer, options=options, buffer_size=_READ, **lenient) as container:
         stream = _video_stream(container, where)
         stream.codec_context.thread_count = 1  # loaders run side by side already
         stream.codec_context.options = limits

@@ -59,7 +59,7 @@ def evaluate(
   Args:
     images: one of IMAGES. limit: ask only the first so many; 0 = all. sheet: images on the contact sheet.
   Returns:
-    The summary: see `exact_match.accuracy`.
+    The summary: what was asked, with which changes of the experiment (`Loaded.changes`), and `exact_match.accuracy`.
   Raises:
     DataError, ConfigError, MeshError.
   """
@@ -84,7 +84,8 @@ def evaluate(
   )
   for index, answer in enumerate(bar):
     rows[index] |= dict(answer=answer, correct=is_match(answer, rows[index]['truth']))
-  summary = dict(images=images, split=split, step=answerer.run.step, **accuracy(rows))
+  run = answerer.run
+  summary = dict(images=images, split=split, step=run.step, changes=list(run.changes), **accuracy(rows))
   out.mkdir(parents=True, exist_ok=True)
   name = images if count == len(records) else f'{images}_first_{count}'
   (out / f'answers_{name}.json').write_text(json.dumps(dict(summary=summary, answers=rows), indent=1) + '\n')

@@ -79,8 +79,7 @@ class Answerer:
 
   def _batch(self, prompts: Sequence[Prompt], *, rows: int) -> Batch:
     encoded = [self.encoder.encode(prompt) for prompt in prompts]
-    length, visuals = self.encoder.row_length(prompts, encoded), self.encoder.visuals(prompts)
-    return self.encoder.batch(prompts, encoded, length=length, visuals=visuals, rows=rows)
+    return self.encoder.batch(prompts, encoded, self.encoder.shape(prompts, encoded), rows=rows)
 
   def _texts(self, ids: jax.Array, count: int) -> list[str]:
     return [self._decode_text(row[row >= 0]) for row in np.asarray(ids)[:count]]

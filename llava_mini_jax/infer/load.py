@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import transformers
 from flax import nnx
 from jax.sharding import Mesh
 
+from llava_mini_jax.config import ConfigError, require_choice
 from llava_mini_jax.convert.run_weights import is_imported, load_parameters, read_experiment
 from llava_mini_jax.data.tokenizer import load_tokenizer
 from llava_mini_jax.experiment import Experiment
@@ -17,6 +20,22 @@ from llava_mini_jax.sharding import check_parameter, use_mesh
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import CheckpointError
 from llava_mini_jax.train.tree import abstract_model, flatten
+
+# What a run can be asked with that it was not trained with: fields that neither add nor reshape a parameter.
+CHANGEABLE = (
+  'data.aspect',
+  'data.default_system',
+  'data.frame_resize',
+  'data.grid',
+  'data.grid_order',
+  'data.template',
+  'data.video_fps',
+  'data.video_frames',
+  'data.video_max_frames',
+  'data.video_rule',
+  'model.dtype',
+  'model.visual_chunk',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +46,24 @@ class Loaded:
   params: dict[str, Any]  # nested; sharded over `mesh`
   mesh: Mesh
   step: int
+  changes: tuple[str, ...] = ()  # `section.field=value`, where `experiment` is not what the run was trained with
 
 
-def load_run(workdir: Path, mesh: Mesh, step: int | None = None) -> Loaded:
+def load_run(workdir: Path, mesh: Mesh, step: int | None = None, changes: Sequence[str] = ()) -> Loaded:
   """Reads what `train.loop.train` or `launch/convert.py import` left in `workdir`.
 
   Args:
     step: of a trained run; None = the newest. An imported run is at step 0.
+    changes: `section.field=value` each, of CHANGEABLE fields; see `change_experiment`.
   Raises:
+    ConfigError: a change that cannot be.
     CheckpointError: there is no checkpoint, or it has other parameters than its config says.
     DataError: the tokenizer is missing, or imported weights are damaged. MeshError: a parameter does not divide.
   """
   workdir = Path(workdir)
   if step is None and not is_imported(workdir):
     step = _newest(workdir)
-  experiment = read_experiment(workdir, step)
+  experiment = change_experiment(read_experiment(workdir, step), changes)
   with use_mesh(mesh):
     graphdef, abstract = abstract_model(experiment.model)
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(abstract, mesh))
@@ -49,7 +71,32 @@ def load_run(workdir: Path, mesh: Mesh, step: int | None = None) -> Loaded:
   for path, leaf in flatten(nnx.to_pure_dict(abstract)).items():
     check_parameter(path, leaf.shape, where[path])
   params = load_parameters(workdir, shardings, step)
-  return Loaded(experiment, load_tokenizer(workdir / 'tokenizer'), graphdef, params, mesh, step or 0)
+  return Loaded(experiment, load_tokenizer(workdir / 'tokenizer'), graphdef, params, mesh, step or 0, tuple(changes))
+
+
+def change_experiment(experiment: Experiment, changes: Sequence[str]) -> Experiment:
+  """The experiment with other fields of CHANGEABLE, each `section.field=value`; of one named twice the last counts.
+
+  A value is a Python literal, else text: `data.grid=2`, `data.default_system=False`, `data.template=qa`.
+
+  Raises ConfigError: not of that form, a field that is not of CHANGEABLE, or a value that it cannot have.
+  """
+  values = experiment.to_dict()
+  for change in changes:
+    name, equals, text = change.partition('=')
+    if not equals:
+      raise ConfigError(f'set: expected section.field=value; found {change!r}')
+    require_choice('set', name, CHANGEABLE)
+    section, field = name.split('.')
+    values[section][field] = _literal(text)
+  return Experiment.from_dict(values)
+
+
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it says of what is no literal
+    return text
 
 
 def _newest(workdir: Path) -> int | None:

@@ -10,6 +10,7 @@ import numpy as np
 import transformers
 from PIL import Image
 
+from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.data.conversation import Encoded, Turn, encode, load_template
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.inputs import media_processor
@@ -17,7 +18,7 @@ from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.types import IMAGE_TOKEN_ID, Batch
 
-_LENGTH_STEP = 16  # prompts are padded to a multiple, so that few lengths are compiled
+_LENGTH_STEP = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,32 @@ class Prompt:
   # for each `<image>` and `<video>` what stands for it: one image or a video's frames, RGB, uint8[h w 3]
   media: Sequence[Sequence[np.ndarray | Image.Image]] = ()
   name: str = 'prompt'  # names it in errors
+
+
+def prompt_shape(model: LlavaMiniConfig, *, length: int, text: int, visuals: int, views: int = 1) -> RowShape:
+  """The row for prompts of so many tokens at most, sizes rounded up so that few are compiled.
+
+  T is the text alone: with a video's own slots in it, every frame would pay for the length of the video in pre-fusion.
+
+  Args:
+    length: text tokens and vision slots. text: text tokens. visuals: images and frames. views: of each visual.
+  Returns:
+    L and T are multiples of 16; M is a power of two up to `model.visual_chunk`, above it a multiple of that.
+  """
+  places, chunk = 1 << max(0, visuals - 1).bit_length(), model.visual_chunk
+  if chunk:
+    places = _round_up(visuals, chunk) if visuals > chunk else min(places, chunk)
+  return RowShape.for_model(
+    model,
+    length=_round_up(length, _LENGTH_STEP),
+    visuals=places,
+    fused_text=_round_up(max(text, 1), _LENGTH_STEP),
+    views=views,
+  )
+
+
+def _round_up(value: int, step: int) -> int:
+  return -(-value // step) * step
 
 
 class PromptEncoder:
@@ -62,31 +89,28 @@ class PromptEncoder:
       raise DataError('E_TOO_LONG', prompt.name, f'expected at most {most} tokens with vision slots; found {tokens}')
     return encoded
 
-  def row_length(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> int:
-    """The padded length that holds all of these with their vision tokens."""
-    longest = max(map(self._tokens, prompts, encoded))
-    return -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+  def shape(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> RowShape:
+    """The row that holds any of these."""
+    return prompt_shape(
+      self._model,
+      length=max(map(self._tokens, prompts, encoded)),
+      text=max(map(_text_tokens, encoded)),
+      visuals=max(sum(map(len, prompt.media)) for prompt in prompts),
+      views=self.media.images.views,
+    )
 
   def _tokens(self, prompt: Prompt, encoded: Encoded) -> int:
     slots = self._model.slots_per_visual(self.media.images.views) * sum(map(len, prompt.media))
-    return slots + int((encoded.ids != IMAGE_TOKEN_ID).sum())
+    return slots + _text_tokens(encoded)
 
-  def visuals(self, prompts: Sequence[Prompt]) -> int:
-    """Places for images and frames that hold any of these; a power of two, so that few counts are compiled."""
-    most = max(sum(map(len, prompt.media)) for prompt in prompts)
-    return 1 << max(0, most - 1).bit_length()
-
-  def batch(
-    self, prompts: Sequence[Prompt], encoded: Sequence[Encoded], *, length: int, visuals: int, rows: int
-  ) -> Batch:
+  def batch(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded], shape: RowShape, *, rows: int) -> Batch:
     """One prompt per row, padded to `rows` rows by repeating the last.
 
-    length, visuals: of a row; from `row_length` and `visuals`, or more.
+    shape: from `shape`, or larger.
 
     Raises:
       DataError: E_IMAGE_TAGS, E_TOO_LONG, naming the prompt.
     """
-    shape = RowShape.for_model(self._model, length=length, visuals=visuals, views=self.media.images.views)
     built = [self._row(p, e, shape) for p, e in zip(prompts, encoded, strict=True)]
     built += [built[-1]] * (rows - len(built))
     return Batch(**{key: np.stack([row[key] for row in built]) for key in built[0]})
@@ -107,3 +131,7 @@ class PromptEncoder:
     for i, visual in enumerate(itertools.chain.from_iterable(prompt.media)):
       row['pixels'][i] = self.media.views(visual)
     return row
+
+
+def _text_tokens(encoded: Encoded) -> int:
+  return int((encoded.ids != IMAGE_TOKEN_ID).sum())

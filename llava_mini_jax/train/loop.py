@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from llava_mini_jax.config import ConfigError
+from llava_mini_jax.convert.run_weights import is_imported
 from llava_mini_jax.data.inputs import Inputs, load_inputs
 from llava_mini_jax.data.mixture import Mixture
 from llava_mini_jax.data.pipeline import DeviceBatches, device_batches
@@ -76,6 +77,8 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     max_grad_norm=config.max_grad_norm,
   )
   check_start(experiment, trainer)
+  if is_imported(workdir):
+    raise ConfigError(f'{workdir}: an imported run; name it in train.init_from and use another --workdir')
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(workdir / 'checkpoints', keep=config.keep)
   with use_mesh(mesh), checkpoints, contextlib.closing(batches):

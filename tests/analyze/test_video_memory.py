@@ -29,13 +29,17 @@ def test_memory_by_frames():
 
 def test_a_video_that_is_encoded():
   (found,) = memory_by_frames(small_config(visual_chunk=8), [20], run=True, text=8)
-  assert found['output_bytes'] == 28 * 24 * 4
+  assert found['output_bytes'] == 32 * 24 * 4
   assert found['peak_resident_bytes'] > found['temporary_bytes'] > 0
   table = describe([found]).splitlines()
   assert table[0].split()[:3] == ['frames', 'argument', 'output'] and table[1].split()[0] == '20'
 
 
 def test_the_row_is_a_video_and_a_text():
-  row = video_row(small_config(), 5, text=3)
-  assert row.slot_index.tolist() == [[[0], [1], [2], [3], [4]]]
-  assert (row.fuse_index == [[[5, 6, 7]]]).all() and row.pixels.shape == (1, 5, 1, 32, 32, 3)
+  """Laid out as a prompt: T, L and the places of frames rounded up, the text padded by no frame's slot."""
+  row = video_row(small_config(visual_chunk=3), 5, text=18)
+  assert row.slot_index.tolist() == [[[0], [1], [2], [3], [4], [32]]]
+  assert row.tokens.shape == (1, 32) and row.pixels.shape == (1, 6, 1, 32, 32, 3)
+  assert row.fuse_index.shape == (1, 6, 32)
+  assert row.fuse_index[0, :5].tolist() == [[*range(5, 23), *[32] * 14]] * 5 and not row.fuse_mask[0, 5].any()
+  assert video_row(small_config(visual_chunk=3), 500, text=18).fuse_index.shape == (1, 501, 32)

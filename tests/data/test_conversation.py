@@ -567,6 +567,36 @@ def test_where_an_answer_ends(template, end):
   assert encoded.ids[encoded.assistant][-1] == token
 
 
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+  """A space before every text, and a byte token for the newline, as Llama-2's tokenizer has them."""
+  vocab = {'<unk>': 0, '<s>': 1, '</s>': 2, '<0x0A>': 3, '▁': 4, 'a': 5, 'b': 6, '▁b': 7}
+  model = models.BPE(vocab, [('▁', 'b')], unk_token='<unk>', byte_fallback=True)
+  backend = tokenizers.Tokenizer(model)
+  backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+  backend.decoder = tokenizers.decoders.Sequence(
+    [tokenizers.decoders.Replace('▁', ' '), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+  )
+  return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token='</s>', unk_token='<unk>')
+
+
+def test_the_end_of_a_caption_is_one_token_in_its_place():
+  """Alone, `\\n` is two tokens of such a tokenizer."""
+  tokenizer = sentencepiece_like()
+  assert tokenizer.backend_tokenizer.encode('\n', add_special_tokens=False).ids == [4, 3]
+  assert end_of_turn(tokenizer, load_template('plain')) == 3
+
+
+def test_tags_that_a_tokenizer_has_too():
+  """llava-hf's tokenizers know `<image>`; it is cut out all the same."""
+  tokenizer = train_tokenizer(['some text'])
+  plain = encode(tokenizer, load_template('chatml'), [user('<image>\nQ')])
+  tokenizer.add_special_tokens({'additional_special_tokens': ['<image>', '<video>']})
+  known = encode(tokenizer, load_template('chatml'), [user('<image>\nQ')])
+  np.testing.assert_array_equal(plain.ids, known.ids)
+  with pytest.raises(DataError, match='E_SPECIAL_TOKEN'):
+    encode(tokenizer, load_template('chatml'), [user('<|im_end|>')])
+
+
 def test_a_template_whose_end_the_tokenizer_does_not_know(tmp_path):
   tokenizer = train_tokenizer(['some text'])
   with pytest.raises(ConfigError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,5 +135,6 @@ def test_command_on_bad_input(tmp_path):
   done = command(f'--source={tmp_path / "a.json"}', f'--out={tmp_path / "out"}')
   assert done.returncode == 1
   assert 'Traceback' not in done.stderr
-  assert done.stderr.splitlines()[-1].startswith(f'error: E_JSON: {tmp_path}/a.json:1:11: malformed JSON: ')
+  place = re.escape(f'error: E_JSON: {tmp_path}/a.json:1:')  # the column is that of the comma or of the brace
+  assert re.match(place + r'1[01]: malformed JSON: ', done.stderr.splitlines()[-1])
   assert os.listdir(tmp_path) == ['a.json']

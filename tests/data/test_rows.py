@@ -159,6 +159,17 @@ def test_cut_at_the_length_of_a_row():
   np.testing.assert_array_equal(same, ids)
 
 
+def test_cut_at_the_text_that_can_be_fused():
+  """Beside an image; text alone fuses nothing."""
+  shape = dataclasses.replace(SHAPE, length=20, fused_text=2)
+  ids, learn = np.array([IMG, 1, 2, 3, 4, 5], np.int32), np.array([NO, NO, YES, NO, NO, YES])
+  kept, learnt = cut(ids, learn, shape, where='sample', visuals_per_tag=[1])
+  np.testing.assert_array_equal(kept, [IMG, 1, 2, 3])
+  assert row(kept, learnt, shape)['fuse_mask'][0].all()
+  text, _ = cut(ids[1:], learn[1:], shape, where='sample', visuals_per_tag=[])
+  assert len(text) == 5
+
+
 @pytest.mark.parametrize(
   ('ids', 'learn', 'per_tag', 'message'),
   [
@@ -166,7 +177,7 @@ def test_cut_at_the_length_of_a_row():
       [1, 2, 3, IMG],
       [NO, YES, YES, NO],
       [1],
-      'E_TOO_LONG: sample: expected every <image> to fit; found 5 tokens with vision slots, cut at 4, which loses one',
+      'E_TOO_LONG: sample: expected every <image> to fit; found 5 tokens with vision slots, cut at 3, which loses one',
     ),
     (
       [IMG, 1, 2],

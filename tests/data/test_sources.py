@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 
 import pytest
 from PIL import Image
@@ -184,12 +185,12 @@ def test_json_that_python_accepts_and_we_do_not(tmp_path, root, case):
 
 
 MALFORMED = {
-  'comma': ('[\n {"id": "a",}\n]', ':2:13: malformed JSON: '),
+  'comma': ('[\n {"id": "a",}\n]', r':2:1[23]: malformed JSON: '),  # at the brace, or at the comma from Python 3.13 on
   'cut off': ('[{"id": "a"', ':1:12: malformed JSON: '),
   'empty': ('', ':1:1: malformed JSON: Expecting value'),
   'not a list': ('{"id": "a"}', ': expected a list of samples; found an object'),
   'deep': ('[' * 100_000, ':1: cannot be parsed: nested too deeply'),
-  'long integer': ('[' + '1' * 5000 + ']', ':1: cannot be parsed: Exceeds the limit (4300 digits)'),
+  'long integer': ('[' + '1' * 5000 + ']', r':1: cannot be parsed: Exceeds the limit \(4300 digits\)'),
 }
 
 
@@ -199,7 +200,7 @@ def test_a_file_that_is_not_json(tmp_path, root, case):
   with pytest.raises(DataError) as error:
     read(tmp_path, text)
   assert error.value.code == 'E_JSON'
-  assert str(error.value).startswith(f'E_JSON: {tmp_path}/x.json{message}')
+  assert re.match(re.escape(f'E_JSON: {tmp_path}/x.json') + message, str(error.value))
 
 
 def test_a_malformed_line_costs_one_sample(tmp_path, root):

@@ -158,6 +158,7 @@ def test_every_answer_is_written(evaluated):
     'images': 'real',
     'split': 'test',
     'step': STEPS,
+    'changes': [],
     'accuracy': 1.0,
     'count': 8,
     'by_category': {
