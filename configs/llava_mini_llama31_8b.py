@@ -5,13 +5,14 @@ python launch/convert.py import --vision=clip-vit-large-patch14-336 --decoder=Ll
   --to=runs/llama31_8b_start
 
 2. Prepare LLaVA's 558K captions, its 665K instructions and, for stage2_video, 100K instructions about videos; each is
-a JSON file and the directory of its images or videos. LLaVA's own files repeat ids and miss some images:
+a JSON file and the directory of its images or videos. LLaVA's own files repeat ids, and some samples spell a special
+token or lack their image:
 python launch/prepare_data.py --source=blip_laion_cc_sbu_558k.json --media_root=images \
-  --tokenizer_vocab_size=0 --number_duplicates --out=data/llava_captions
+  --tokenizer=Llama-3.1-8B-Instruct --number_duplicates --out=data/llava_captions
 python launch/prepare_data.py --source=llava_v1_5_mix665k.json --media_root=images \
-  --tokenizer_vocab_size=0 --number_duplicates --max_refused=0.01 --out=data/llava_instructions
+  --tokenizer=Llama-3.1-8B-Instruct --number_duplicates --max_refused=0.01 --out=data/llava_instructions
 python launch/prepare_data.py --source=video_instructions.json --media_root=videos \
-  --tokenizer_vocab_size=0 --number_duplicates --out=data/video_instructions
+  --tokenizer=Llama-3.1-8B-Instruct --number_duplicates --out=data/video_instructions
 
 3. Train; `recipes.py` says what each stage reads and trains:
 python launch/train.py --config=configs/llava_mini_llama31_8b.py:stage1 --workdir=runs/llama31_8b_stage1

@@ -82,7 +82,7 @@ def decoder_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
   theta, scaling = _rope_from_hf(config)
   return DecoderConfig(
     num_key_value_heads=config.get('num_key_value_heads') or heads,
-    head_dim=config.get('head_dim') or sizes['hidden_size'] // heads,
+    head_dim=config.get('head_dim') or sizes['hidden_size'] // (heads or 1),  # 0 heads: DecoderConfig refuses them
     rope_theta=theta,
     rope_scaling=scaling,
     tie_word_embeddings=config.get('tie_word_embeddings') or False,

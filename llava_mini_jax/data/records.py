@@ -33,7 +33,8 @@ Record = dict[str, Any]
 _NAME = 'llava_mini_jax'
 _SPLIT_NAME = re.compile(r'[A-Za-z0-9_]+')
 _KEYS = ('id', 'category', 'media', 'conversations/from', 'conversations/value')  # of a serialized record
-_CHUNK = 256  # records handed to the writer at once: it rewrites its metadata on each call
+_CHUNK, _CHUNK_BYTES = 256, 64 * 2**20  # handed to the writer at once: it rewrites its metadata on each call
+_MAX_MEDIA_BYTES = 2**31 - 2**20  # of a record: a protocol buffer holds no more
 
 
 def _features() -> tfds.features.FeaturesDict:
@@ -101,7 +102,8 @@ def write(
   Returns:
     Records per split.
   Raises:
-    DataError: E_OUT_EXISTS, E_SPLIT_NAME, E_EMPTY (a split without records), and what the iterables raise.
+    DataError: E_OUT_EXISTS, E_SPLIT_NAME, E_EMPTY (a split without records), E_TOO_LARGE (a record whose media have
+      more than 2 GiB), and what the iterables raise.
   """
   with staged(directory, force=force) as temporary:
     return write_splits(temporary, splits, description=description, shard_size=shard_size)
@@ -124,7 +126,7 @@ def write_splits(
   counts = {}
   for name, records in splits.items():
     digest, count, records = hashlib.sha256(), 0, iter(records)
-    while chunk := list(itertools.islice(records, _CHUNK)):
+    while chunk := _chunk(records):
       for record in chunk:
         _update(digest, record)
       writer.add_examples({name: chunk})
@@ -135,6 +137,19 @@ def write_splits(
     metadata['sha256'][name] = digest.hexdigest()
   writer.close_all()
   return counts
+
+
+def _chunk(records: Iterator[Record]) -> list[Record]:
+  """The next few: videos are not piled up."""
+  found, size = [], 0
+  while len(found) < _CHUNK and size < _CHUNK_BYTES and (record := next(records, None)) is not None:
+    bytes_here = sum(map(len, record['media']))
+    if bytes_here > _MAX_MEDIA_BYTES:
+      expected = f'expected media of at most {_MAX_MEDIA_BYTES} bytes in all; found {bytes_here}'
+      raise DataError('E_TOO_LARGE', f'sample {record["id"]!r}', expected)
+    found.append(record)
+    size += bytes_here
+  return found
 
 
 def _update(digest, record: Record) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +129,15 @@ def original_llava(source: Path, directory: Path, *, vision: bool = True) -> Pat
 def released(directory: Path, variant: str = 'llama3_c2') -> Path:
   shutil.copytree(GOLDEN_MODELS / variant, directory)
   return add_tokenizer(directory)
+
+
+def edited(source: Path, directory: Path, change: Callable[[dict], None]) -> str:
+  """A copy whose config.json is changed."""
+  shutil.copytree(source, directory)
+  config = json.loads((directory / 'config.json').read_text())
+  change(config)
+  (directory / 'config.json').write_text(json.dumps(config))
+  return str(directory)
 
 
 def tensors_of(directory: Path) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import transformers
 from llava_mini_jax.config import CompressorConfig, ConfigError, LlavaMiniConfig, RopeScaling
 from llava_mini_jax.convert.hf_config import CLIP_DEFAULTS, LLAMA_DEFAULTS, parts_from_hf, to_hf_config
 from llava_mini_jax.convert.tensor_writer import parse_size
+from llava_mini_jax.experiment import DataConfig
 
 
 def test_what_the_released_layout_cannot_hold():
@@ -93,6 +94,90 @@ def test_towers_that_this_model_has_not():
     with pytest.raises(ConfigError) as error:
       parts_from_hf({**LLAVA, 'vision_config': change})
     assert str(error.value) == f'vision config {message}'
+
+
+RELEASED = to_hf_config(LlavaMiniConfig.preset('tiny'))[0]
+ODD = {
+  "rope_scaling: expected an object; found 'linear'": dict(rope_scaling='linear'),
+  "rope_scaling.factor: expected float; found '8'": dict(rope_scaling=dict(rope_type='llama3', factor='8')),
+  'rope_parameters: expected an object; found [8]': dict(rope_parameters=[8]),
+  "rope_parameters.rope_theta: expected float; found 'x'": dict(rope_parameters=dict(rope_theta='x')),
+  'rope_theta: expected float; found inf': dict(rope_theta=float('inf')),
+  "rms_norm_eps: expected float; found 'x'": dict(rms_norm_eps='x'),
+  'hidden_size: expected int; found 96.5': dict(hidden_size=96.5),
+  'num_key_value_heads: expected int; found [2]': dict(num_key_value_heads=[2]),
+  'tie_word_embeddings: expected bool; found 1': dict(tie_word_embeddings=1),
+  'num_hidden_layers: expected int; found True': dict(num_hidden_layers=True),
+  'prefusion_layer_num: expected int; found None': dict(prefusion_layer_num=None),
+  'compressor_size: expected int; found 1.0': dict(compressor_size=1.0),
+  "mm_vision_select_layer: expected int; found '-2'": dict(mm_vision_select_layer='-2'),
+  "mm_vision_tower: expected str; found ['a']": dict(mm_vision_tower=['a']),
+  "resolution_ratio: expected int; found '2'": dict(resolution_ratio='2'),
+  'resolution_ratio: expected a positive integer; found 0': dict(resolution_ratio=0),
+  'llava_mini_jax: expected an object; found 7': dict(llava_mini_jax=7),
+  'llava_mini_jax: expected template, default_system, grid_order; found workers': dict(llava_mini_jax=dict(workers=1)),
+  'llava_mini_jax.template: expected str; found 7': dict(llava_mini_jax=dict(template=7)),
+  'text_config: expected an object; found [1]': dict(text_config=[1], vision_config={}),
+  "vision_config: expected an object; found 'x'": dict(text_config={}, vision_config='x'),
+}
+
+
+@pytest.mark.parametrize('message', ODD)
+def test_values_of_odd_types(message):
+  """One line that names the field, instead of a traceback or an import that takes them."""
+  with pytest.raises(ConfigError) as error:
+    parts_from_hf({**RELEASED, **ODD[message]})
+  assert str(error.value).replace('config.json.', 'config.json ') == f'config.json {message}'
+
+
+def test_odd_towers():
+  for change, message in (
+    (dict(layer_norm_eps='x'), "layer_norm_eps: expected float; found 'x'"),
+    (dict(image_size=[336, 336]), 'image_size: expected int; found [336, 336]'),
+  ):
+    with pytest.raises(ConfigError) as error:
+      parts_from_hf(dict(model_type='clip_vision_model', **change))
+    assert str(error.value) == f'vision config {message}'
+  with pytest.raises(ConfigError, match=r"^config.json vision_config: expected an object; found 'x'$"):
+    parts_from_hf(dict(model_type='clip', vision_config='x'))
+  with pytest.raises(ConfigError, match='num_attention_heads: expected a positive integer; found 0$'):
+    parts_from_hf(dict(model_type='llama', num_attention_heads=0))
+
+
+@pytest.mark.parametrize(
+  ('config', 'expected'),
+  [
+    (dict(resolution_ratio=2, image_aspect_ratio='pad'), dict(grid=2, aspect='pad')),
+    (dict(image_aspect_ratio='square'), dict(grid=1, aspect='crop')),
+    (dict(), dict(grid=1, aspect='crop')),
+  ],
+)
+def test_how_images_are_cut(config, expected):
+  """As the released package evaluates: ratio 1 if there is none; padded only if it says so; split before padding."""
+  assert parts_from_hf({**LLAVA, **config}).data == dict(**expected, grid_order='split_then_pad')
+
+
+@pytest.mark.parametrize('name', ['template', 'default_system', 'grid_order', 'grid', 'aspect'])
+def test_how_images_are_cut_and_prompts_written_comes_back(name):
+  other = dict(template='llama_3_1', default_system=False, grid_order='resize', grid=2, aspect='crop')
+  data = DataConfig(**{name: other[name]})
+  config = json.loads(json.dumps(to_hf_config(LlavaMiniConfig.preset('tiny'), data=data)[0]))
+  assert (config['resolution_ratio'], config['image_aspect_ratio']) == (
+    2 if name == 'grid' else 1,
+    'square' if name == 'aspect' else 'pad',
+  )
+  assert DataConfig(**parts_from_hf(config).data) == data
+
+
+def test_a_llava_has_one_view():
+  model = LlavaMiniConfig.preset('tiny')
+  bare = dataclasses.replace(
+    model, compressor=CompressorConfig(kind='none'), prefusion=dataclasses.replace(model.prefusion, num_layers=0)
+  )
+  to_hf_config(bare, data=DataConfig())
+  with pytest.raises(ConfigError) as error:
+    to_hf_config(bare, data=DataConfig(grid=2))
+  assert str(error.value) == 'the released layout cannot hold this model: data.grid: expected 1, found 2'
 
 
 @pytest.mark.parametrize(('text', 'size'), [('5GB', 5 * 10**9), ('1.5 mb', 1_500_000), ('200KB', 200_000), ('7', 7)])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_mini_jax.convert.import_model import Sources, import_model
 from llava_mini_jax.convert.tensor_files import TensorFiles
+from llava_mini_jax.convert.tensor_writer import new_directory
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.train.checkpoint import CheckpointError
 
@@ -288,7 +289,7 @@ def test_a_flipped_bit_in_the_payload(tmp_path, parts):
   with pytest.raises(DataError) as error:
     import_model(sources, tmp_path / 'other')
   assert str(error.value).startswith(f'E_CHECKSUM: {file}: expected sha256 {digest} (SHA256SUMS); found ')
-  assert not (tmp_path / 'other').exists() and not (tmp_path / 'other.partial').exists()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['llama', 'run']
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, parts):
@@ -298,3 +299,20 @@ def test_what_is_there_is_not_overwritten(tmp_path, parts):
     import_model(Sources(vision=str(parts / 'clip'), decoder=str(parts / 'single')), tmp_path / 'run')
   assert str(error.value) == f'E_EXISTS: {tmp_path}/run: expected no such file or directory, or an empty one'
   assert (tmp_path / 'run' / 'precious').read_text() == 'data'
+
+
+def test_nothing_beside_it_is_overwritten(tmp_path):
+  """Neither what another process is writing there, nor what it has written meanwhile."""
+  (tmp_path / 'run.partial').mkdir()
+  (tmp_path / 'run.partial' / 'precious').write_text('data')
+  with new_directory(tmp_path / 'run') as first:
+    (first / 'a').write_text('first')
+    with pytest.raises(DataError) as error, new_directory(tmp_path / 'run') as second:
+      assert (first / 'a').read_text() == 'first' and not any(second.iterdir())
+      (tmp_path / 'run').mkdir()
+      (tmp_path / 'run' / 'a').write_text('third')
+    (tmp_path / 'run' / 'a').unlink()
+  assert str(error.value) == f'E_EXISTS: {tmp_path}/run: expected no such file or directory, or an empty one'
+  assert (tmp_path / 'run' / 'a').read_text() == 'first'
+  assert (tmp_path / 'run.partial' / 'precious').read_text() == 'data'
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['run', 'run.partial']

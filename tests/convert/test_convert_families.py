@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 
 import hf_directories as hf
 import jax
@@ -228,6 +229,22 @@ def test_random_parts_depend_on_the_seed_alone(tmp_path, sources):
   assert np.array_equal(found[0]['decoder/embed_tokens'], found[2]['decoder/embed_tokens'])
 
 
+def test_random_layers_are_drawn_one_by_one(tmp_path, sources, monkeypatch):
+  """Never a stack of layers in memory, and each layer other values."""
+  planned = {}
+  monkeypatch.setattr(
+    'llava_mini_jax.convert.import_model.write_run',
+    lambda directory, experiment, tensors, **_: planned.update({tensor.name: tensor for tensor in tensors}),
+  )
+  parts = Sources(vision=str(sources / 'clip'), decoder=str(sources / 'llama'), prefusion_layers=3)
+  import_model(parts, tmp_path / 'run')
+  for name in ('mlp/up_proj', 'self_attn/k_proj', 'input_layernorm/weight'):
+    tensor = planned[f'prefusion/layers/{name}']
+    layers = list(tensor.pieces())
+    assert [layer.shape for layer in layers] == [tensor.shape[1:]] * 3
+    assert len({layer.tobytes() for layer in layers}) == (1 if 'norm' in name else 3)
+
+
 def test_the_template_follows_the_tokenizer(tmp_path, sources):
   experiment = import_model(
     Sources(vision=str(sources / 'clip'), decoder=str(sources / 'llama'), prefusion_layers=0), tmp_path / 'a'
@@ -239,14 +256,6 @@ def test_the_template_follows_the_tokenizer(tmp_path, sources):
     template='vicuna_v1',
   )
   assert experiment.data.template == 'vicuna_v1'
-
-
-def edited(source, directory, change) -> str:
-  shutil.copytree(source, directory)
-  config = json.loads((directory / 'config.json').read_text())
-  change(config)
-  (directory / 'config.json').write_text(json.dumps(config))
-  return str(directory)
 
 
 OTHERS = {
@@ -283,7 +292,7 @@ OTHERS = {
 @pytest.mark.parametrize('name', OTHERS)
 def test_other_models_are_refused(tmp_path, sources, name):
   change, kind, message = OTHERS[name]
-  directory = edited(sources / 'llama', tmp_path / 'source', change)
+  directory = hf.edited(sources / 'llama', tmp_path / 'source', change)
   with pytest.raises(kind) as error:
     import_model(Sources(vision=str(sources / 'clip'), decoder=directory), tmp_path / 'run')
   assert str(error.value) == message.format(dir=directory)
@@ -306,7 +315,7 @@ def test_what_is_missing_is_asked_for(tmp_path, sources):
   assert str(error.value) == f'E_FAMILY: {sources}/llama: expected a vision; found decoder'
 
 
-def test_tokenizers(tmp_path, sources):
+def test_tokenizers(tmp_path, sources, monkeypatch):
   with pytest.raises(DataError) as error:
     import_model(
       Sources(vision=str(sources / 'clip'), decoder=str(hf.released(tmp_path / 'x'))),
@@ -314,6 +323,15 @@ def test_tokenizers(tmp_path, sources):
       tokenizer=str(sources / 'clip'),
     )
   assert error.value.code == 'E_NO_TOKENIZER'
+  vicuna = shutil.copytree(sources / 'llama', tmp_path / 'vicuna', ignore=shutil.ignore_patterns('tokenizer*'))
+  (vicuna / 'tokenizer.model').write_bytes(b'sentencepiece')
+  monkeypatch.setitem(sys.modules, 'sentencepiece', None)
+  with pytest.raises(DataError) as error:
+    import_model(Sources(vision=str(sources / 'clip'), decoder=str(vicuna)), tmp_path / 'run')
+  assert str(error.value) == (
+    f'E_NO_TOKENIZER: {vicuna}: expected the package sentencepiece to read tokenizer.model; '
+    'pip install llava_mini_jax[convert]'
+  )
   small = hf.llama(tmp_path / 'small', vocab_size=64)
   with pytest.raises(ConfigError, match=r'^tokenizer: expected at most 64 tokens; found \d+$'):
     import_model(Sources(vision=str(sources / 'clip'), decoder=str(small)), tmp_path / 'run')

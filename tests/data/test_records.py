@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from llava_mini_jax.data import records
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.records import open_split, staged, write
 
@@ -200,3 +201,26 @@ def test_a_flipped_bit_never_gives_other_data(dataset, samples):
       assert error.code == 'E_DATASET_CORRUPT'
       noticed += 1
   assert noticed > 60
+
+
+def test_records_are_handed_on_a_few_at_a_time(monkeypatch, tmp_path):
+  """By number, and by bytes: as if videos were large."""
+  monkeypatch.setattr(records, '_CHUNK_BYTES', 100)
+  turns = [{'from': 'human', 'value': '<image>'}, {'from': 'gpt', 'value': 'a'}]
+  pulled = []
+
+  def source():
+    for i in range(10):
+      pulled.append(i)
+      yield {'id': str(i), 'category': '', 'media': [bytes(60)], 'conversations': turns}
+
+  iterator = source()
+  assert [record['id'] for record in records._chunk(iterator)] == ['0', '1'] and pulled == [0, 1]
+  write(tmp_path / 'out', {'train': source()}, description='x')
+  assert [open_split(tmp_path / 'out', 'train')[i]['id'] for i in range(10)] == [str(i) for i in range(10)]
+  monkeypatch.setattr(records, '_MAX_MEDIA_BYTES', 59)
+  with pytest.raises(
+    DataError, match=r"^E_TOO_LARGE: sample '0': expected media of at most 59 bytes in all; found 60$"
+  ):
+    write(tmp_path / 'large', {'train': source()}, description='x')
+  assert not (tmp_path / 'large').exists()

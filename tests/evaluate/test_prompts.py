@@ -30,7 +30,7 @@ from llava_mini_jax.sharding import make_mesh
 from llava_mini_jax.train.tree import abstract_model
 from llava_mini_jax.types import Batch
 
-QUESTION = [{'role': 'user', 'content': '<video>\ncol?'}]  # 11 tokens in `chatml`
+QUESTION = [{'role': 'user', 'content': '<video>\nco?'}]  # 11 tokens in `chatml`
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +88,7 @@ def test_pre_fusion_does_not_grow_with_a_video(tokenizer, chunk, places):
 
 def test_the_longest_text_and_the_longest_row_may_be_of_different_prompts(tokenizer):
   encoder = PromptEncoder(asked(), tokenizer)
-  text = Prompt([{'role': 'user', 'content': 'word ' * 40}])
+  text = Prompt([{'role': 'user', 'content': 'color? ' * 10}])
   batch, encoded = laid_out(encoder, Prompt(QUESTION, [gray(200)]), text)
   most = len(encoded[1].ids)
   assert 16 < most < 200
