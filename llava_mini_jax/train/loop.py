@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from llava_mini_jax.config import ConfigError
-from llava_mini_jax.convert.run_weights import is_imported
+from llava_mini_jax.convert.run_weights import describe_start, is_imported
 from llava_mini_jax.data.inputs import Inputs, load_inputs
 from llava_mini_jax.data.mixture import Mixture
 from llava_mini_jax.data.pipeline import DeviceBatches, device_batches
@@ -168,8 +168,9 @@ def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:
 def _describe(experiment: Experiment, trainer: Trainer, inputs: Inputs, start: int, total: int) -> str:
   count = {part: sum(leaf.size for leaf in flatten(trainer.abstract[part]).values()) for part in ('params', 'frozen')}
   mixture = [inputs.source.describe()] if isinstance(inputs.source, Mixture) else []
+  begins = [describe_start(Path(experiment.train.init_from), experiment.model)] if experiment.train.init_from else []
   summary = (
     f'{count["params"]:,} parameters train, {count["frozen"]:,} frozen; {len(inputs.source):,} records; '
     f'batch {experiment.train.batch_size}; steps {start:,} to {total:,}; mesh {dict(trainer.mesh.shape)}'
   )
-  return '\n'.join([*mixture, summary])
+  return '\n'.join([*mixture, *begins, summary])
