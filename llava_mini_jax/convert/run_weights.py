@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,10 @@ def _differences(stored: LlavaMiniConfig, wanted: LlavaMiniConfig, shared: set[s
 
 
 def _difference(field: str, stored: Any, wanted: Any) -> list[str]:
-  return [f'{field}: stored {stored!r}, wanted {wanted!r}'] if stored != wanted else []
+  """Numbers that went through float32 somewhere are the same."""
+  numbers = isinstance(stored, float) and isinstance(wanted, float)
+  same = math.isclose(stored, wanted, rel_tol=1e-6) if numbers else stored == wanted
+  return [] if same else [f'{field}: stored {stored!r}, wanted {wanted!r}']
 
 
 def _misfits(
