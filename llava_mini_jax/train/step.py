@@ -79,7 +79,7 @@ def make_trainer(
 
   peak_rate = max(rate for rate in rates.values() if rate is not None)
   with use_mesh(mesh):
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
   one = replicated(mesh)
   params_sh, frozen_sh = split_frozen(param_shardings, rates)
   opt_sh = optax.tree.map_params(tx, lambda _, s: s, shapes['opt'], params_sh, transform_non_params=lambda _: one)

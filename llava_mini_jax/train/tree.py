@@ -22,7 +22,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def abstract_model(config: LlavaMiniConfig) -> tuple[nnx.GraphDef, nnx.State]:
   """Structure and abstract parameters (shapes, dtypes, logical axes) of a model; allocates nothing."""
-  return nnx.split(nnx.eval_shape(lambda key: build(config, key), jax.random.key(0)))
+  return nnx.split(nnx.eval_shape(lambda: build(config, jax.random.key(0))))
 
 
 def parameter_shapes(config: LlavaMiniConfig) -> dict[str, tuple[int, ...]]:
