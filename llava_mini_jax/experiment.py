@@ -44,6 +44,7 @@ class DataConfig:
   pack: bool = False  # several whole samples share a row
   group_by_length: bool = False  # batches of like length, text only apart
   row_lengths: tuple = ()  # with group_by_length: the lengths that a batch may have, up to row_length
+  visual_counts: tuple = ()  # with group_by_length: the numbers of visuals that its rows have room for, likewise
   flip: float = 0.0  # probability of a horizontal flip
   shift: int = 0  # most pixels of a random shift that keeps the content inside
   workers: int = 0  # data worker processes
@@ -58,8 +59,9 @@ class DataConfig:
         raise ConfigError(f'DataConfig.{field}: expected 0 or more; found {getattr(self, field)}')
     if self.pack and self.group_by_length:
       raise ConfigError('DataConfig: expected at most one of pack and group_by_length; found both')
-    if self.row_lengths and not self.group_by_length:
-      raise ConfigError('DataConfig.row_lengths: expected none without group_by_length')
+    for field in ('row_lengths', 'visual_counts'):
+      if getattr(self, field) and not self.group_by_length:
+        raise ConfigError(f'DataConfig.{field}: expected none without group_by_length')
     if (self.pack or self.group_by_length) and (self.max_turns or self.side_by_side):
       raise ConfigError('DataConfig: expected no max_turns and no side_by_side with pack or group_by_length; found one')
     if self.truncate and self.side_by_side:

@@ -8,6 +8,7 @@
 | stage2_hd | stage 1 | instructions, 2 × 2 crops and the whole image, 8 × 8 tokens | all but the tower |
 | stage2_video | stage 1 | instructions about images and videos (a frame per second, 60 at most) | all but the tower |
 
+Batches of stage2_video are of like length, images and videos apart, so that images are not laid out for 60 frames.
 stage1_full is what the released training script does; the paper's stage 1 has neither compressor nor pre-fusion.
 """
 
@@ -20,6 +21,7 @@ from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
 STAGES = ('stage1', 'stage1_full', 'stage2', 'stage2_hd', 'stage2_video')
 FRAMES = 60
+VISUAL_COUNTS = (1, 8, FRAMES)  # of a batch: an image, a few of them or a short clip, a video
 
 
 def paper_stage(model: LlavaMiniConfig, stage: str, *, template: str, name: str) -> Experiment:
@@ -69,6 +71,8 @@ def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, start: str) ->
       visuals_per_row=FRAMES,
       video_max_frames=FRAMES,
       fused_text=1024,
+      group_by_length=True,
+      visual_counts=VISUAL_COUNTS,
     )
   train = TrainConfig(
     groups=(

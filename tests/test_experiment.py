@@ -252,6 +252,8 @@ MISTAKES = {
   # data
   "DataConfig.aspect: expected one of pad, crop; found 'stretch'": experiment_dict('data', aspect='stretch'),
   'DataConfig.row_length: expected a positive integer; found 0': experiment_dict('data', row_length=0),
+  'DataConfig.row_lengths: expected none without group_by_length': experiment_dict('data', row_lengths=[9]),
+  'DataConfig.visual_counts: expected none without group_by_length': experiment_dict('data', visual_counts=[9]),
   'DataConfig.visuals_per_row: expected a positive integer; found -1': experiment_dict('data', visuals_per_row=-1),
   **{
     f'DataConfig.{field}: expected 0 or more; found -1': experiment_dict('data', **{field: -1})
@@ -348,6 +350,7 @@ def test_high_resolution_and_video(name):
   hd, video, plain = (Experiment.from_dict(load(name, stage)) for stage in ('stage2_hd', 'stage2_video', 'stage2'))
   assert (hd.model.compressor.grid, hd.model.tokens_per_visual, hd.data.grid) == (8, 64, 2)
   assert (video.model.tokens_per_visual, video.data.visuals_per_row, video.data.video_fps) == (1, 60, 1.0)
+  assert video.data.group_by_length and video.data.visual_counts == (1, 8, 60)
   assert [row[0] for row in video.data.mixture] == ['data/llava_instructions', 'data/video_instructions']
   assert hd.train == video.train == plain.train
 

@@ -48,7 +48,8 @@ class Inputs:
       return Packed(self.source, sizes, self.row, seed)
     # without any visual in a batch, gradients would reach text embeddings that are detached elsewhere
     text_visuals = min(1, self.row.visuals) if self.model.detach_text else 0
-    return Grouped(self.source, sizes, batch_size, self.row, seed, config.row_lengths, text_visuals)
+    tables = config.row_lengths, config.visual_counts
+    return Grouped(self.source, sizes, batch_size, self.row, seed, *tables, text_visuals)
 
   def rows(self, order: Order | None, epochs: float) -> int:
     """Rows that so many epochs have."""

@@ -218,25 +218,27 @@ def length_grouped(
   Args:
     lengths: int[n], in any unit.
     key: the seed and the epoch; the order depends on nothing else.
-    apart: bool[n]; those that are True (text only, say) share no batch with the others. At most one batch of the
-      epoch mixes them: what is left of both when their own batches are full.
+    apart: bool[n] or int[n]: the kind of each (text only, one image, a video). Samples of different kinds share a batch
+      only in what is left when every kind has filled its own batches: at most one batch fewer than there are kinds.
     window: batches that are sorted together; more = more alike, and less random.
   Returns:
-    Indices int64[n // batch_size * batch_size]. The rest, other samples in each epoch, is left out: a batch that went
-    on in the next epoch would not be of one kind.
+    Indices int64[n // batch_size * batch_size]. The rest, others in each epoch and of any kind, is left out: a batch
+    that went on in the next epoch would not be of one kind.
   """
   order = permutation(len(lengths), 'group', *key)
-  kinds = np.zeros(len(lengths), bool) if apart is None else np.asarray(apart, bool)
+  kinds = np.zeros(len(lengths), int) if apart is None else np.asarray(apart, int)
   batches, rest = [], []
-  for kind in (False, True):
+  for kind in np.unique(kinds):
     members = order[kinds[order] == kind]
     whole = len(members) // batch_size * batch_size
     rest.append(members[whole:])
     members = members[:whole]
     members = members[np.lexsort((lengths[members], np.arange(whole) // (window * batch_size)))]
     batches.append(members.reshape(-1, batch_size))
-  left = np.concatenate(rest)
-  batches.append(left[: len(left) // batch_size * batch_size].reshape(-1, batch_size))
+  left = np.concatenate(rest) if rest else order
+  # drawn from all of them: the last would always be of one kind, of which an epoch might then see none
+  dropped = permutation(len(left), 'rest', *key)[: len(left) % batch_size]
+  batches.append(np.delete(left, dropped).reshape(-1, batch_size))
   batches = np.concatenate(batches)
   return batches[permutation(len(batches), 'batches', *key)].reshape(-1)
 

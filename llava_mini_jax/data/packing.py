@@ -169,16 +169,19 @@ class Packed:
 class Grouped:
   """epoch -> record indices as `mixture.length_grouped`, text-only samples apart; an order for `mixture.Epochs`.
 
+  With `lengths` or `visual_counts` the order gives (index, length, visuals) instead: the least of each table that holds
+  all samples of the batch, so that a step does less. A step is compiled once for every pair of a length and a count.
+
   Attributes:
-    sizes: int[len(source) 2], from `record_sizes`.
+    sizes: int[len(source) 2], from `sizes.record_sizes`.
     row: what a row may hold at most.
-    lengths: ascending, up to row.length. If given, the order gives (index, length, visuals): the first of them that
-      holds all samples of the batch, and `text_visuals` for a batch of text only, so that a step does less; each pair
-      is compiled once.
-    text_visuals: with 0 a batch of text only never runs the vision tower, but its text is not detached either: a model
-      with `detach_text` needs 1.
+    lengths: ascending, up to row.length, which stands for none.
+    visual_counts: ascending, up to row.visuals, which stands for none: what batches have room for, so that one of
+      images is not laid out for the frames of a video. Samples that need different ones of them are apart, too.
+    text_visuals: the same for a batch of text only. With 0 it never runs the vision tower, but its text is not detached
+      either: a model with `detach_text` needs 1.
   Raises:
-    ConfigError: lengths that do not end in row.length.
+    ConfigError: lengths or counts that do not end in those of the row.
     DataError: E_TOO_LONG naming a sample that fits no row.
   """
 
@@ -188,25 +191,40 @@ class Grouped:
   row: RowShape
   seed: int
   lengths: tuple[int, ...] = ()
+  visual_counts: tuple[int, ...] = ()
   text_visuals: int = 0
 
   def __post_init__(self):
-    if self.lengths and (list(self.lengths) != sorted(set(self.lengths)) or self.lengths[-1] != self.row.length):
-      raise ConfigError(f'lengths: expected ascending numbers up to {self.row.length}; found {self.lengths}')
+    for name, table, most in (
+      ('lengths', self.lengths, self.row.length),
+      ('visual_counts', self.visual_counts, self.row.visuals),
+    ):
+      if table and (list(table) != sorted(set(table)) or table[-1] != most):
+        raise ConfigError(f'{name}: expected ascending numbers up to {most}; found {table}')
     check_sizes(self.sizes, (self.row.length, self.row.visuals), lambda i: f'sample {self.source[int(i)]["id"]!r}')
+
+  @property
+  def fitted(self) -> bool:
+    """Whether batches differ in shape."""
+    return bool(self.lengths or self.visual_counts)
 
   def __call__(self, epoch: int) -> Sequence[int | tuple[int, int, int]]:
     found = samples_of(self.source, epoch)
+    lengths, counts = (np.asarray(table) for table in self._tables)
     tokens, visuals = self.sizes[found].T
-    found = found[length_grouped(tokens, self.batch_size, self.seed, epoch, apart=visuals == 0)]
-    if not self.lengths:
+    kind = np.where(visuals > 0, np.searchsorted(counts, visuals), len(counts))
+    found = found[length_grouped(tokens, self.batch_size, self.seed, epoch, apart=kind)]
+    if not self.fitted:
       return found
     longest, most = self.sizes[found].reshape(-1, self.batch_size, 2).max(axis=1).T
-    lengths = np.asarray(self.lengths)[np.searchsorted(self.lengths, longest)]
-    shapes = np.stack([lengths, np.where(most > 0, self.row.visuals, self.text_visuals)], axis=1).repeat(
-      self.batch_size, axis=0
-    )
+    length = lengths[np.searchsorted(lengths, longest)]
+    count = np.where(most > 0, counts[np.searchsorted(counts, most)], self.text_visuals)
+    shapes = np.stack([length, count], axis=1).repeat(self.batch_size, axis=0)
     return [tuple(item) for item in np.column_stack([found, shapes]).tolist()]
+
+  @property
+  def _tables(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return self.lengths or (self.row.length,), self.visual_counts or (self.row.visuals,)
 
 
 @dataclasses.dataclass(frozen=True)

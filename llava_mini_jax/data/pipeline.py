@@ -95,7 +95,7 @@ def make_iterator(
   )
   if isinstance(order, Packed):
     transform = PackedRows(transform, row)
-  elif isinstance(order, Grouped) and order.lengths:
+  elif isinstance(order, Grouped) and order.fitted:
     transform = FittedRows(transform, row)
   dataset = _indices(len(source), seed, num_epochs, shuffle, order).random_map(transform)
   whole = len(dataset) // batch_size * batch_size
@@ -129,11 +129,11 @@ def _check_order(order, batch_size: int, row: RowShape, model: LlavaMiniConfig, 
     raise ConfigError(f'order.batch_size: expected {batch_size}; found {order.batch_size}')
   if isinstance(order, Grouped | Packed) and order.row != row:
     raise ConfigError(f'order.row: expected {row}; found {order.row}')
-  fitted = isinstance(order, Grouped) and bool(order.lengths)
+  fitted = isinstance(order, Grouped) and order.fitted
   if fitted and model.detach_text and not order.text_visuals:
     raise ConfigError('order.text_visuals: expected 1 or more, for the model has detach_text; found 0')
   if random_sizes and (fitted or isinstance(order, Packed)):
-    raise ConfigError('packing, or rows of several lengths: expected no max_turns and no side_by_side; found one')
+    raise ConfigError('packing, or rows of several shapes: expected no max_turns and no side_by_side; found one')
 
 
 def _check_sizes(tokenizer, model: LlavaMiniConfig, row: RowShape, processor: MediaProcessor) -> None:

@@ -20,12 +20,10 @@ from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.images import ImageProcessor
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.mixture import Epochs, Mixture, parse
-from llava_mini_jax.data.packing import Grouped, Packed, SampleSize, pack_rows, plan, record_sizes
-from llava_mini_jax.data.pipeline import device_batches
+from llava_mini_jax.data.packing import Packed, SampleSize, pack_rows, plan, record_sizes
 from llava_mini_jax.data.records import open_split, write
 from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.data.video import FrameSampler
-from llava_mini_jax.sharding import batch_sharding, make_mesh
 from llava_mini_jax.train.loss import next_token_loss
 from llava_mini_jax.types import IMAGE_TOKEN_ID as IMG
 from llava_mini_jax.types import Batch
@@ -340,7 +338,7 @@ def test_a_mixture_is_packed(tmp_path):
   assert_equal([{name: array[0] for name, array in batch.items()}], [expected])
 
 
-NO_RANDOM_SIZES = 'packing, or rows of several lengths: expected no max_turns and no side_by_side; found one'
+NO_RANDOM_SIZES = 'packing, or rows of several shapes: expected no max_turns and no side_by_side; found one'
 
 
 @pytest.mark.parametrize(
@@ -355,70 +353,6 @@ def test_what_packing_does_not_go_with(options, message):
   with pytest.raises(ConfigError) as error:
     iterate(order=ORDER, **options)
   assert str(error.value) == message
-
-
-# every seventh record is text alone; with all of them twice there are six such
-TWICE = [*RECORDS, *RECORDS]
-FITTED = Grouped(TWICE, np.tile(SIZES, (2, 1)), 3, ROW, seed=0, lengths=(8, int(np.median(SIZES[:, 0])), 96))
-
-
-def test_batches_are_as_long_as_their_samples():
-  epochs = Epochs(FITTED, None)
-  batches = take(iterate(TWICE, order=FITTED, batch_size=3), 28)
-  shapes = collections.Counter()
-  for n, batch in enumerate(batches):
-    indices = [epochs[3 * n + i][0] for i in range(3)]
-    longest, most = FITTED.sizes[indices].max(axis=0)
-    length, visuals = next(length for length in FITTED.lengths if length >= longest), 2 if most else 0
-    shapes[length, visuals] += 1
-    assert batch['tokens'].shape == (3, length) and batch['pixels'].shape == (3, visuals, 1, 16, 16, 3)
-    assert batch['fuse_index'].shape == (3, visuals, length)
-    for i, index in enumerate(indices):
-      one = {name: array[i] for name, array in batch.items()}
-      assert_equal([pack_rows([one], ROW)], [alone(index % 21)])
-  assert len(shapes) == 3 and min(shapes.values()) >= 4 and sum(k for (_, m), k in shapes.items() if not m) == 4
-
-
-def test_fitted_rows_resume_on_two_shards():
-  options = dict(order=dataclasses.replace(FITTED, batch_size=4), batch_size=4, **RANDOM)
-  expected = take(iterate(TWICE, **options), 14)  # 10 batches an epoch
-  for n in (0, 3, 10, 12):
-    for i in range(2):
-      half = iterate(TWICE, shard_index=i, shard_count=2, **options)
-      half.set_state({'global_next_index': 4 * n})
-      assert_equal(take(half, 14 - n), [{name: array[i::2] for name, array in batch.items()} for batch in expected[n:]])
-
-
-def test_fitted_batches_reach_the_devices():
-  """Of no visual, too."""
-  order = Grouped(RECORDS[6:7], SIZES[6:7], 1, ROW, seed=0, lengths=(96,))
-  order = dataclasses.replace(order, source=RECORDS[6:7] * 8, sizes=SIZES[6:7].repeat(8, axis=0), batch_size=8)
-  batches = device_batches(iterate(order.source, order=order, batch_size=8), batch_sharding(make_mesh()))
-  assert next(batches).pixels.shape == (8, 0, 1, 16, 16, 3)
-  batches.close()
-
-
-@pytest.mark.parametrize('lengths', [(96, 40), (40, 40, 96), (40, 80), (40, 97)])
-def test_lengths(lengths):
-  with pytest.raises(ConfigError) as error:
-    Grouped(RECORDS, SIZES, 4, ROW, seed=0, lengths=lengths)
-  assert str(error.value) == f'lengths: expected ascending numbers up to 96; found {lengths}'
-
-
-def test_rows_of_several_lengths_need_whole_conversations():
-  with pytest.raises(ConfigError, match=f'^{NO_RANDOM_SIZES}$'):
-    iterate(TWICE, order=FITTED, batch_size=3, max_turns=1)
-
-
-def test_detached_text_needs_a_visual():
-  """A model without any lets gradients into its text."""
-  model = dataclasses.replace(MODEL, detach_text=True)
-  message = 'order.text_visuals: expected 1 or more, for the model has detach_text; found 0'
-  with pytest.raises(ConfigError, match=f'^{message}$'):
-    iterate(TWICE, model=model, order=FITTED, batch_size=3)
-  order = dataclasses.replace(FITTED, text_visuals=1)
-  batches = take(iterate(TWICE, model=model, order=order, batch_size=3), 14)
-  assert collections.Counter(batch['pixels'].shape[1] for batch in batches) == {1: 2, 2: 12}
 
 
 def test_a_sample_that_fits_no_row_is_named():

@@ -23,7 +23,7 @@ STEPS, SAVED = 8, 4
 LAYOUTS = {
   'mixture': dict(visuals_per_row=3),
   'packed': dict(visuals_per_row=6, pack=True, fused_text=32),
-  'grouped': dict(visuals_per_row=3, group_by_length=True, row_lengths=(32, 64)),
+  'grouped': dict(visuals_per_row=3, group_by_length=True, row_lengths=(64,), visual_counts=(1, 3)),
 }
 
 
