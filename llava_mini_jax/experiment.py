@@ -27,7 +27,7 @@ class DataConfig:
   template: str = 'vicuna_v1'  # conversation template: a name or a Jinja file
   default_system: bool = True  # False leaves the template's system text out
   row_length: int = 2048  # L
-  visuals_per_row: int = 1  # M
+  visuals_per_row: int = 1  # M; 0 = text alone
   fused_text: int = 0  # T; 0 = row_length
   aspect: str = 'pad'  # pad to a square with the mean colour, or crop the centre
   grid: int = 1  # r > 1: high resolution, r × r crops besides the whole image
@@ -51,10 +51,9 @@ class DataConfig:
 
   def __post_init__(self):
     require_choice('DataConfig.aspect', self.aspect, ('pad', 'crop'))
-    for field in ('row_length', 'visuals_per_row'):
-      if getattr(self, field) < 1:
-        raise ConfigError(f'DataConfig.{field}: expected a positive integer; found {getattr(self, field)}')
-    for field in ('fused_text', 'max_turns', 'shift', 'workers'):
+    if self.row_length < 1:
+      raise ConfigError(f'DataConfig.row_length: expected a positive integer; found {self.row_length}')
+    for field in ('visuals_per_row', 'fused_text', 'max_turns', 'shift', 'workers'):
       if getattr(self, field) < 0:
         raise ConfigError(f'DataConfig.{field}: expected 0 or more; found {getattr(self, field)}')
     if self.pack and self.group_by_length:

@@ -29,11 +29,12 @@ from llava_mini_jax.train.optimizer import assign_groups
 from llava_mini_jax.train.tree import parameter_shapes
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-PAPER = ('llava_mini_vicuna_7b', 'llava_mini_llama31_8b')
+PAPER = ('llava_mini_vicuna_7b', 'llava_mini_vicuna_13b', 'llava_mini_llama31_8b')
 ARGUMENTS = {
   **{name: [(), *((stage,) for stage in STAGES)] for name in PAPER},
   'tiny_easy_vqa': [(), ('epochs=40',)],
   'smollm2_easy_vqa': [(), ('steps=9',)],
+  'benchmark_7b': [(), ('mini,2048',), ('decoder',), ('v15',)],
 }
 CASES = [(name, arguments) for name, several in ARGUMENTS.items() for arguments in several]
 
@@ -254,10 +255,9 @@ MISTAKES = {
   'DataConfig.row_length: expected a positive integer; found 0': experiment_dict('data', row_length=0),
   'DataConfig.row_lengths: expected none without group_by_length': experiment_dict('data', row_lengths=[9]),
   'DataConfig.visual_counts: expected none without group_by_length': experiment_dict('data', visual_counts=[9]),
-  'DataConfig.visuals_per_row: expected a positive integer; found -1': experiment_dict('data', visuals_per_row=-1),
   **{
     f'DataConfig.{field}: expected 0 or more; found -1': experiment_dict('data', **{field: -1})
-    for field in ('fused_text', 'max_turns', 'shift', 'workers')
+    for field in ('visuals_per_row', 'fused_text', 'max_turns', 'shift', 'workers')
   },
   'DataConfig.flip: expected a probability; found 1.5': experiment_dict('data', flip=1.5),
   'DataConfig.flip: expected a probability; found -0.1': experiment_dict('data', flip=-0.1),

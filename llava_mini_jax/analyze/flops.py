@@ -103,14 +103,27 @@ def training_flops(config: LlavaMiniConfig, *, trains: Container[str], **sizes: 
     sizes: as `forward_flops`.
   """
   total, before = 0.0, False  # something trains in a station before this one
+  parts = _parts(config, **sizes)
   for stations in (('vision',), ('projector', 'compressor'), ('prefusion',), ('decoder',)):
     here = any(name in trains for name in stations)
     for name in stations:
-      weights, attention = _parts(config, **sizes)[name]
+      weights, attention = parts[name]
       passes = before or name in trains
       total += weights * (1 + (name in trains) + passes) + attention * (1 + 2 * passes)
     before = before or here
   return total
+
+
+def unembedding_flops(config: LlavaMiniConfig, tokens: int) -> float:
+  """The logits of so many tokens."""
+  return 2.0 * tokens * config.decoder.hidden_size * config.decoder.vocab_size
+
+
+def decode_flops(config: LlavaMiniConfig, *, rows: int, slots: int) -> float:
+  """One new token per row, which sees a cache of so many slots (those not in use included)."""
+  d = config.decoder
+  (weights, _), seen = _llama_layers(d, d.num_hidden_layers, 1), 4.0 * slots * d.num_attention_heads * d.head_dim
+  return rows * (weights + d.num_hidden_layers * seen) + unembedding_flops(config, rows)
 
 
 def peak_flops(dtype: str) -> float:

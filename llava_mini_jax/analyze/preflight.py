@@ -1,0 +1,170 @@
+"""What a step would take on a pod, before there is one: memory, FLOPs, collectives, predicted time.
+
+Enters: a Program (`programs.make_program`). Leaves: a Preflight, from the real compiler's output for those devices;
+nothing is executed. `step_cost` says what the prediction rests on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from llava_mini_jax.analyze import hlo, jaxpr_flops
+from llava_mini_jax.analyze.programs import Program
+from llava_mini_jax.analyze.step_cost import StepCost, step_cost
+from llava_mini_jax.analyze.topologies import GIB, Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+  """One program on one topology. bytes: per device. flops: of all devices."""
+
+  name: str  # of the experiment
+  step: str
+  topology: str
+  kind: str  # of chip
+  devices: int
+  mesh: Mapping[str, int]
+  rows: int
+  sizes: Mapping[str, int]
+  options: Mapping[str, Any]  # of the compiler
+  versions: Mapping[str, str]
+  compile_seconds: float
+  fits: bool
+  capacity: float | None  # bytes; None = of a CPU's memory nothing is known
+  used: float  # bytes; if it does not fit, what the compiler says it would take
+  memory: Mapping[str, float]  # bytes by kind
+  model_flops: float  # without recomputation
+  hardware_flops: float  # with recomputation and padding
+  kernel_flops: Mapping[str, float]  # of hardware_flops: in Pallas kernels, by name
+  peak_flops: float | None  # of one device, per second
+  cost: StepCost | None  # None if it does not fit, or for a CPU
+  note: str = ''
+
+  def mfu(self, seconds: float) -> float:
+    """Model FLOPs utilisation, if a step takes so long."""
+    return self.model_flops / (seconds * self.peak_flops * self.devices)
+
+  def hfu(self, seconds: float) -> float:
+    """As `mfu`, of what the hardware computes."""
+    return self.hardware_flops / (seconds * self.peak_flops * self.devices)
+
+  def rows_per_second(self, seconds: float) -> float:
+    """Per device."""
+    return self.rows / seconds / self.devices
+
+
+def preflight(
+  program: Program, topology: Topology, *, name: str = '', options: Mapping[str, Any] | None = None
+) -> tuple[Preflight, str]:
+  """Compiles a program.
+
+  Args:
+    name: of the experiment, for the report.
+    options: of the compiler, besides those that the chip needs (`topologies.CHIPS`); they win.
+  Returns:
+    The report, and the scheduled text of the compiled program ('' if it does not fit).
+  Raises:
+    Whatever the compiler raises, other than that memory does not suffice.
+  """
+  chip = topology.chip
+  options = dict(chip.flags if chip else ()) | dict(options or {})
+  traced = program.trace()
+  counted = jaxpr_flops.count(traced.jaxpr)
+  memory = {kind: _device_bytes(tree) for kind, tree in program.kinds.items()}
+  begin = time.perf_counter()
+  text, cost, fits = '', None, True
+  try:
+    compiled = program.lower(traced).compile(options or None)
+  except jax.errors.JaxRuntimeError as error:
+    fits, used = False, _asked_for(str(error))
+    if used is None:
+      raise
+    memory['temporaries and results'] = used - sum(memory.values())
+  else:
+    found = compiled.memory_analysis()
+    rest = found.argument_size_in_bytes - sum(memory.values())
+    memory |= {
+      'activations and gradients': found.temp_size_in_bytes,
+      'results': found.output_size_in_bytes - found.alias_size_in_bytes,
+      'padding': max(0, rest),
+    }
+    used = sum(memory.values())
+    text = compiled.as_text()
+    module = hlo.parse(text)
+    cost = step_cost(module, chip, counted.kernel_calls) if chip else None
+  return Preflight(
+    name=name,
+    step=program.step,
+    topology=topology.name,
+    kind=topology.kind,
+    devices=program.mesh.size,
+    mesh=dict(program.mesh.shape),
+    rows=program.rows,
+    sizes=dict(program.sizes),
+    options=options,
+    versions=_versions(topology),
+    compile_seconds=time.perf_counter() - begin,
+    fits=fits,
+    capacity=chip.hbm_bytes if chip else None,
+    used=used,
+    memory=memory,
+    model_flops=program.model_flops,
+    hardware_flops=counted.total,
+    kernel_flops=dict(counted.kernels),
+    peak_flops=chip.peak_flops if chip else None,
+    cost=cost,
+    note=chip.note if chip else '',
+  ), text
+
+
+def suggestion(report: Preflight) -> str:
+  """What to change so that it fits; '' if it does."""
+  if report.fits:
+    return ''
+  state = sum(size for kind, size in report.memory.items() if 'param' in kind or kind in ('optimizer', 'cache'))
+  rest = report.used - state
+  if state > 0.9 * report.capacity:
+    shards = report.mesh['fsdp'] * report.mesh['tensor']
+    wider = f'--mesh=1,{report.devices},1' if shards < report.devices else 'a larger topology'
+    return f'parameters and optimizer alone take {state / GIB:.1f} GiB per device: {wider}'
+  rows = report.rows // (report.mesh['data'] * report.mesh['fsdp'])
+  fewer = int(rows * (report.capacity - state) / rest)
+  if fewer:
+    return f'rows take {rest / rows / GIB:.1f} GiB each: --batch={fewer * report.rows // rows}, or more chips'
+  chunk = ', --config.model.visual_chunk=4' if report.sizes.get('visuals', 1) > 1 else ''
+  return (
+    f'one row takes {rest / GIB:.1f} GiB: --config.model.scan.remat=full, a shorter --config.data.row_length{chunk}, '
+    'or a tensor axis in --mesh'
+  )
+
+
+def _device_bytes(tree: Any) -> float:
+  """Of one device, by the shardings of a tree of ShapeDtypeStructs."""
+  sizes = (leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+  return float(sum(sizes))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+  total = 1
+  for size in shape:
+    total *= size
+  return total
+
+
+def _asked_for(error: str) -> float | None:
+  """Bytes of HBM that a program would use, from the compiler's message; None if that is about something else."""
+  units = dict(K=2**10, M=2**20, G=2**30, T=2**40)
+  found = re.search(r'Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm', error)
+  return float(found.group(1)) * units[found.group(2)] if found else None
+
+
+def _versions(topology: Topology) -> dict[str, str]:
+  names = ['jax', 'jaxlib', *([] if topology.kind == 'cpu' else ['libtpu'])]
+  return {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,270 @@
+"""Predicts how long a compiled TPU program takes, from its scheduled text alone.
+
+- Products: the compiler's estimated cycles, times the turns of the loops around them, or the time that their bytes
+  take from memory, whichever is longer.
+- Everything else: bytes from and to memory over its bandwidth; the cycles estimated for that are about three times
+  too many. What stays in on-core memory (a space other than 0) costs nothing.
+- Pallas kernels: the text has no cycles for them. Their FLOPs (from the kernel's own cost estimate, else from the
+  traced program) over `KERNEL_EFFICIENCY` of the peak, or their bytes, whichever is longer.
+- Collectives: bytes of the whole buffer over the bandwidth that the compiler's scheduler assumes. One that is woven
+  into computations hides behind those; one that is started and later awaited hides behind what is scheduled in
+  between, one after the other; any other is exposed.
+
+The prediction lies between full overlap of computation and communication, and none. Checked against published
+hardware results for compute-bound steps only (docs/preflight.md); communication has not been checked on hardware.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from llava_mini_jax.analyze.hlo import Instruction, Line, Module
+from llava_mini_jax.analyze.hlo_traffic import collective_in, has_product, hbm_traffic
+from llava_mini_jax.analyze.topologies import Chip
+
+COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'ragged-all-to-all',
+  'collective-permute',
+  'collective-broadcast',
+)
+KERNEL_EFFICIENCY = 0.5
+_FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id')
+_FREE += ('opt-barrier', 'copy-start', 'copy-done', 'slice-start', 'slice-done', 'async-update')
+_KERNEL = 'tpu_custom_call'
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  kind: str  # an opcode; `reduce-scatter (fused)` = an all-reduce of which each device keeps its part
+  overlap: str  # woven = in steps inside computations; started = awaited later; exposed = nothing runs meanwhile
+  count: int  # calls per step
+  bytes: float  # per step, of the whole buffers
+  seconds: float
+  exposed_seconds: float
+  group: int  # devices that take part
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionCost:
+  name: str
+  kind: str  # product, memory, kernel
+  seconds: float  # per step
+  count: int  # times per step
+  hbm_bytes: float  # each time
+  operation: str  # as JAX names it
+  source: tuple[Line, ...]  # innermost first
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+  """Seconds per step of one device."""
+
+  product_seconds: float
+  memory_seconds: float
+  kernel_seconds: float
+  kernel_calls: int
+  collectives: tuple[Collective, ...]
+  instructions: tuple[InstructionCost, ...]  # costliest first
+
+  @property
+  def compute_seconds(self) -> float:
+    return self.product_seconds + self.memory_seconds + self.kernel_seconds
+
+  @property
+  def communication_seconds(self) -> float:
+    return sum(c.seconds for c in self.collectives)
+
+  @property
+  def exposed_seconds(self) -> float:
+    return sum(c.exposed_seconds for c in self.collectives)
+
+  @property
+  def seconds(self) -> float:
+    """The prediction: what the schedule hides is hidden."""
+    return self.compute_seconds + self.exposed_seconds
+
+  @property
+  def seconds_low(self) -> float:
+    """Full overlap."""
+    return max(self.compute_seconds, self.communication_seconds)
+
+  @property
+  def seconds_high(self) -> float:
+    """No overlap."""
+    return self.compute_seconds + self.communication_seconds
+
+
+@dataclasses.dataclass
+class _Transfer:
+  """A collective under way: `hidden` is computation that it runs beside."""
+
+  kind: str
+  overlap: str
+  count: int
+  bytes: float
+  seconds: float  # one call
+  group: int
+  hidden: float = 0.0  # all calls
+
+
+def step_cost(module: Module, chip: Chip, kernel_flops: Mapping[str, float] | None = None) -> StepCost:
+  """The cost of one run of a module's entry.
+
+  Args:
+    kernel_flops: FLOPs of one call on one device by name of a Pallas kernel, for those without a cost estimate.
+  Raises:
+    ValueError: a loop without a constant number of turns.
+  """
+  walk = _Walk(module, chip, kernel_flops or {})
+  walk.run(module.entry, 1)
+  return walk.result()
+
+
+class _Walk:
+  """Adds up instructions in schedule order; `clock` is computation so far, of one turn of the loop it is in."""
+
+  def __init__(self, module: Module, chip: Chip, kernel_flops: Mapping[str, float]):
+    self.module, self.chip, self.kernel_flops = module, chip, kernel_flops
+    self.seconds = collections.Counter()
+    self.kernel_calls = 0
+    self.costs: list[InstructionCost] = []
+    self.transfers: list[_Transfer] = []
+    self.woven: dict[str, _Transfer] = {}  # by channel: its steps may lie in several fusions, even of another loop
+
+  def run(self, computation: str, times: int) -> float:
+    """Returns the seconds of computation of one run."""
+    clock, free = 0.0, 0.0  # free: when the links have finished what was started before
+    started: dict[str, tuple[_Transfer, float, float]] = {}  # a transfer, when it was started, when it is done
+    for instruction in self.module.computations[computation]:
+      opcode = instruction.opcode
+      if opcode == 'while':
+        turns = self.module.trip_count(instruction)
+        clock += turns * self.run(instruction.called('body'), times * turns)
+      elif opcode in ('call', 'conditional'):
+        branch = next(filter(None, map(instruction.called, ('to_apply', 'calls', 'true_computation'))), None)
+        branches = re.search(r'branch_computations=\{%([\w.-]+)', instruction.attributes)
+        branch = branch or (branches and branches.group(1))
+        clock += self.run(branch, times) if branch else 0.0
+      elif transfer := self._transfer(computation, instruction, times):
+        self.transfers.append(transfer)
+        if transfer.overlap == 'started':
+          begin = max(clock, free)
+          free = begin + transfer.seconds
+          started[instruction.name] = transfer, clock, free
+      elif opcode.endswith('-done') and instruction.operands and instruction.operands[0] in started:
+        transfer, since, until = started.pop(instruction.operands[0])
+        transfer.hidden += times * min(transfer.seconds, max(0.0, transfer.seconds - max(0.0, until - clock)))
+      else:
+        clock += self._compute(computation, instruction, times)
+    return clock
+
+  def _transfer(self, computation: str, instruction: Instruction, times: int) -> _Transfer | None:
+    """Of a collective that is an instruction of its own."""
+    opcode, inner = instruction.opcode, instruction
+    if opcode == 'async-start' and (called := instruction.called()):
+      inner = collective_in(self.module, called, COLLECTIVES)
+      opcode = f'{inner.opcode}-start' if inner else ''
+    kind = opcode.removesuffix('-start')
+    if kind not in COLLECTIVES:
+      return None
+    overlap = 'started' if opcode.endswith('-start') else 'exposed'
+    operands = [self.module.find(computation, name) for name in instruction.operands]
+    before = sum(operand.bytes for operand in operands if operand)
+    if overlap == 'started':
+      after = max((array.bytes for array in instruction.arrays), default=0.0)
+    else:
+      after = instruction.bytes
+    return self._moved(kind, overlap, max(before, after) if kind == 'reduce-scatter' else after, inner, times)
+
+  def _moved(self, kind: str, overlap: str, size: float, inner: Instruction, times: int) -> _Transfer:
+    chip = self.chip
+    seconds = size / (chip.reduce_bandwidth if kind == 'all-reduce' else chip.gather_bandwidth)
+    return _Transfer(kind, overlap, times, size, seconds, inner.group_size)
+
+  def _compute(self, computation: str, instruction: Instruction, times: int) -> float:
+    if instruction.opcode in _FREE or instruction.opcode.endswith('-done'):
+      return 0.0
+    module, chip = self.module, self.chip
+    called = instruction.called()
+    target = instruction.string('custom_call_target')
+    if target is not None and target != _KERNEL:
+      return 0.0
+    collective = collective_in(module, called, COLLECTIVES) if called else None
+    moved = 0.0 if collective else hbm_traffic(module, computation, instruction)
+    seconds, kind = moved / chip.hbm_bandwidth, 'memory'
+    if target == _KERNEL:
+      kind = 'kernel'
+      seconds = max(seconds, self._flops_of(instruction) / (KERNEL_EFFICIENCY * chip.peak_flops))
+      self.kernel_calls += times
+    elif instruction.opcode in ('dot', 'convolution') or (called and has_product(module, called)):
+      kind = 'product'
+      seconds = max(seconds, int(instruction.string('estimated_cycles') or 0) / chip.clock)
+    if collective:
+      self._weave(instruction, called, collective, seconds, times)
+    self.seconds[kind] += seconds * times
+    if seconds:
+      cost = InstructionCost(
+        instruction.name,
+        kind,
+        seconds * times,
+        times,
+        moved,
+        instruction.string('op_name') or '',
+        module.source(instruction),
+      )
+      self.costs.append(cost)
+    return seconds
+
+  def _weave(self, fusion: Instruction, called: str, collective: Instruction, seconds: float, times: int) -> None:
+    """A step of a collective inside a fusion."""
+    channel = re.search(r'channel_id=(\d+)', collective.attributes)
+    channel = channel.group(1) if channel else fusion.name
+    kind, size = collective.opcode, collective.bytes
+    scatters = 'all-reduce-scatter' in collective.attributes or 'all-reduce-scatter' in called
+    if scatters:
+      kind = 'reduce-scatter'
+    if channel not in self.woven:
+      overlap = 'woven' if 'async_collective' in called else 'exposed'
+      moved = self._moved(kind, overlap, size, collective, times)
+      self.woven[channel] = dataclasses.replace(moved, kind='reduce-scatter (fused)' if scatters else kind)
+    transfer = self.woven[channel]
+    transfer.count = min(transfer.count, times)
+    transfer.hidden += seconds * times
+
+  def _flops_of(self, kernel: Instruction) -> float:
+    if estimate := re.search(r'"flops":"?(\d+)', kernel.attributes):
+      return float(estimate.group(1))
+    operation = kernel.string('op_name') or ''
+    return next((flops for name, flops in self.kernel_flops.items() if name in operation or name in kernel.name), 0.0)
+
+  def result(self) -> StepCost:
+    groups: dict[tuple[str, str, int], list[_Transfer]] = collections.defaultdict(list)
+    for transfer in (*self.transfers, *self.woven.values()):
+      groups[transfer.kind, transfer.overlap, transfer.group].append(transfer)
+    collectives = [
+      Collective(
+        kind,
+        overlap,
+        count=sum(t.count for t in group),
+        bytes=sum(t.count * t.bytes for t in group),
+        seconds=sum(t.count * t.seconds for t in group),
+        exposed_seconds=sum(max(0.0, t.count * t.seconds - t.hidden) for t in group),
+        group=size,
+      )
+      for (kind, overlap, size), group in groups.items()
+    ]
+    return StepCost(
+      product_seconds=self.seconds['product'],
+      memory_seconds=self.seconds['memory'],
+      kernel_seconds=self.seconds['kernel'],
+      kernel_calls=self.kernel_calls,
+      collectives=tuple(sorted(collectives, key=lambda c: -c.seconds)),
+      instructions=tuple(sorted(self.costs, key=lambda c: -c.seconds)),
+    )
