@@ -36,6 +36,9 @@ _TEXT = flags.DEFINE_integer('text', 64, 'Text tokens of a prompt.', lower_bound
 _NEW = flags.DEFINE_integer('new_tokens', 128, 'Tokens of an answer.', lower_bound=1)
 _PARAMS = flags.DEFINE_enum('params', 'float32', ['float32', 'bfloat16'], 'Parameters, unless training.')
 _OPTIONS = flags.DEFINE_list('compiler_options', [], 'NAME=VALUE,…; they win over what the chip is given by default.')
+_KERNELS = flags.DEFINE_float(
+  'kernel_efficiency', None, "Share of the peak that Pallas kernels reach; default: chip's."
+)
 _TOP = flags.DEFINE_integer('top', 10, 'How many instructions to list.', lower_bound=0)
 _JSON = flags.DEFINE_string('json', None, 'Write the report here; - prints it instead of the text.')
 _HLO = flags.DEFINE_string('hlo', None, "Write the compiled program's text here.")
@@ -55,7 +58,8 @@ def _report(config: flags.FlagHolder, where: str, mesh: list[str] | None) -> tup
     dtype=_PARAMS.value,
   )
   name = Path(config_flags.get_config_filename(flags.FLAGS[config.name])).name
-  return preflight(program, place, name=name, options=parse_options(_OPTIONS.value))
+  options = parse_options(_OPTIONS.value)
+  return preflight(program, place, name=name, options=options, kernel_efficiency=_KERNELS.value)
 
 
 def main(_) -> None:

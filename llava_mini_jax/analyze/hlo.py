@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 _BITS = {'pred': 8} | {f'{kind}{bits}': bits for kind in 'su' for bits in (2, 4, 8, 16, 32, 64)}
 _BITS |= {'f16': 16, 'bf16': 16, 'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128}
@@ -68,9 +69,10 @@ class Instruction:
   def group_size(self) -> int:
     """Of a collective: how many devices take part in one group; 0 = the text does not say."""
     groups = self.attributes
-    if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', groups):
+    if found := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', groups):
       sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-      return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
+      axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))  # a part of an axis: 'axis':(skipped)size
+      return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if found := re.search(r'replica_groups=\[\d+,(\d+)\]', groups):
       return int(found.group(1))
     if found := re.search(r'replica_groups=\{\{([\d,]*)\}', groups):
@@ -158,7 +160,7 @@ def parse(text: str) -> Module:
   computations, entry, current = {}, None, None
   tables: dict[str, dict[int, str]] = {}
   table = None
-  for line in text.splitlines():
+  for line in _whole_lines(text):
     if not line.startswith(' '):
       if header := _HEADER.match(line):
         current, table = computations.setdefault(header.group(2), []), None
@@ -172,6 +174,18 @@ def parse(text: str) -> Module:
   if entry is None:
     raise ValueError('HLO text: expected an ENTRY computation; found none')
   return Module(computations, entry, _frames(tables))
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+  """An instruction may go on in further lines, where its attributes quote what a kernel says of itself."""
+  waiting: list[str] = []
+  for line in text.splitlines():
+    if waiting and line.startswith(('"', '}}')):
+      waiting.append(line)
+      continue
+    yield from [''.join(waiting)] if waiting else []
+    waiting = [line]
+  yield from [''.join(waiting)] if waiting else []
 
 
 def _instruction(line: str) -> Instruction | None:

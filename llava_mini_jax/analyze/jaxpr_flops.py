@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+Call = tuple[str, tuple[tuple[int, ...], ...]]
 _BRANCHES, _LOOP, _KERNEL, _MANUAL = 'cond', 'while', 'pallas_call', 'shard_map'
 
 
@@ -23,13 +24,13 @@ class Count:
   Attributes:
     total: every product, those of kernels included.
     kernels: of Pallas kernels, by name: FLOPs of all calls.
-    kernel_calls: by name: FLOPs of one call on one device.
+    kernel_calls: by name and shapes of the results: FLOPs of one call on one device.
     open_loops: `while` loops, whose turns are not known when tracing; their bodies count once.
   """
 
   total: float
   kernels: Mapping[str, float]
-  kernel_calls: Mapping[str, float]
+  kernel_calls: Mapping[Call, float]
   open_loops: int
 
 
@@ -43,7 +44,7 @@ def count(program: Any) -> Count:
 class _Tally:
   def __init__(self):
     self.kernels: collections.Counter[str] = collections.Counter()
-    self.calls: dict[str, float] = {}
+    self.calls: dict[Call, float] = {}
     self.open_loops = 0
 
   def walk(self, jaxpr: Any, times: float, copies: int) -> float:
@@ -60,7 +61,7 @@ class _Tally:
       elif name == _BRANCHES:
         total += max((self.walk(inner, times, copies) for inner in _programs(eqn)), default=0.0)
       elif name == _MANUAL:
-        ways = math.prod(eqn.params['mesh'].shape[axis] for axis in eqn.params['manual_axes'])
+        ways = math.prod(eqn.params['mesh'].shape[axis] for axis in _manual_axes(eqn))
         total += sum(self.walk(inner, times, copies * ways) for inner in _programs(eqn))
       else:
         self.open_loops += name == _LOOP
@@ -77,9 +78,14 @@ class _Tally:
       grid = [size for size in eqn.params['grid_mapping'].grid if isinstance(size, int)]
       flops = math.prod(grid) * self.walk(eqn.params['jaxpr'], 0.0, 1)
     name = eqn.params.get('name') or str(eqn.params.get('name_and_src_info', 'pallas_call')).split()[0]
-    self.calls[name] = max(flops, self.calls.get(name, 0.0))
+    self.calls[name, tuple(tuple(out.aval.shape) for out in eqn.outvars)] = flops
     self.kernels[name] += flops * copies * times
     return flops * copies
+
+
+def _manual_axes(eqn: Any) -> Any:
+  """The mesh axes that a `shard_map` splits its arguments over; what the parameter is called depends on the version."""
+  return eqn.params.get('newly_manual_axes', eqn.params.get('manual_axes'))
 
 
 def _programs(eqn: Any) -> Iterator[Any]:

@@ -61,13 +61,19 @@ class Preflight:
 
 
 def preflight(
-  program: Program, topology: Topology, *, name: str = '', options: Mapping[str, Any] | None = None
+  program: Program,
+  topology: Topology,
+  *,
+  name: str = '',
+  options: Mapping[str, Any] | None = None,
+  kernel_efficiency: float | None = None,
 ) -> tuple[Preflight, str]:
   """Compiles a program.
 
   Args:
     name: of the experiment, for the report.
     options: of the compiler, besides those that the chip needs (`topologies.CHIPS`); they win.
+    kernel_efficiency: share of the peak that Pallas kernels reach; None = the chip's.
   Returns:
     The report, and the scheduled text of the compiled program ('' if it does not fit).
   Raises:
@@ -98,7 +104,7 @@ def preflight(
     used = sum(memory.values())
     text = compiled.as_text()
     module = hlo.parse(text)
-    cost = step_cost(module, chip, counted.kernel_calls) if chip else None
+    cost = step_cost(module, chip, counted.kernel_calls, kernel_efficiency) if chip else None
   return Preflight(
     name=name,
     step=program.step,

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_mini_jax.analyze.hlo import Line
 from llava_mini_jax.analyze.preflight import Preflight, suggestion
-from llava_mini_jax.analyze.step_cost import KERNEL_EFFICIENCY, Collective, InstructionCost
+from llava_mini_jax.analyze.step_cost import Collective, InstructionCost
 from llava_mini_jax.analyze.topologies import GIB
 
 _STATIONS = {
@@ -153,7 +153,8 @@ def _flops(report: Preflight) -> Sequence[str]:
   ]
   if report.kernel_flops:
     kernels = ', '.join(f'{name} {flops / 1e12:.3g} T' for name, flops in report.kernel_flops.items())
-    lines.append(f'  of these in Pallas kernels: {kernels}; counted at {KERNEL_EFFICIENCY:.0%} of the peak')
+    at = f'; timed at {report.cost.kernel_efficiency:.0%} of the peak' if report.cost else ''
+    lines.append(f'  of these in Pallas kernels: {kernels}{at}')
   return lines
 
 
@@ -168,6 +169,8 @@ def _time(report: Preflight) -> Sequence[str]:
     f'memory {cost.memory_seconds * 1e3:.4g}, kernels {cost.kernel_seconds * 1e3:.4g}; '
     f'exposed communication {cost.exposed_seconds * 1e3:.4g} ms',
   ]
+  if cost.unknown_kernels:
+    lines.append(f'  beware: kernels of unknown FLOPs, timed by their bytes alone: {", ".join(cost.unknown_kernels)}')
   return [*lines, *([f'  beware: {report.note}'] if report.note else [])]
 
 

@@ -5,7 +5,7 @@
 - Everything else: bytes from and to memory over its bandwidth; the cycles estimated for that are about three times
   too many. What stays in on-core memory (a space other than 0) costs nothing.
 - Pallas kernels: the text has no cycles for them. Their FLOPs (from the kernel's own cost estimate, else from the
-  traced program) over `KERNEL_EFFICIENCY` of the peak, or their bytes, whichever is longer.
+  traced program) over a stated share of the peak (`Chip.kernel_efficiency`), or their bytes, whichever is longer.
 - Collectives: bytes of the whole buffer over the bandwidth that the compiler's scheduler assumes. One that is woven
   into computations hides behind those; one that is started and later awaited hides behind what is scheduled in
   between, one after the other; any other is exposed.
@@ -23,6 +23,7 @@ from collections.abc import Mapping
 
 from llava_mini_jax.analyze.hlo import Instruction, Line, Module
 from llava_mini_jax.analyze.hlo_traffic import collective_in, has_product, hbm_traffic
+from llava_mini_jax.analyze.jaxpr_flops import Call
 from llava_mini_jax.analyze.topologies import Chip
 
 COLLECTIVES = (
@@ -34,7 +35,6 @@ COLLECTIVES = (
   'collective-permute',
   'collective-broadcast',
 )
-KERNEL_EFFICIENCY = 0.5
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id')
 _FREE += ('opt-barrier', 'copy-start', 'copy-done', 'slice-start', 'slice-done', 'async-update')
 _KERNEL = 'tpu_custom_call'
@@ -70,6 +70,8 @@ class StepCost:
   memory_seconds: float
   kernel_seconds: float
   kernel_calls: int
+  kernel_efficiency: float  # share of the peak that kernels are taken to reach
+  unknown_kernels: tuple[str, ...]  # whose FLOPs nothing tells: their time is that of their bytes alone
   collectives: tuple[Collective, ...]
   instructions: tuple[InstructionCost, ...]  # costliest first
 
@@ -114,15 +116,18 @@ class _Transfer:
   hidden: float = 0.0  # all calls
 
 
-def step_cost(module: Module, chip: Chip, kernel_flops: Mapping[str, float] | None = None) -> StepCost:
+def step_cost(
+  module: Module, chip: Chip, kernel_flops: Mapping[Call, float] | None = None, kernel_efficiency: float | None = None
+) -> StepCost:
   """The cost of one run of a module's entry.
 
   Args:
-    kernel_flops: FLOPs of one call on one device by name of a Pallas kernel, for those without a cost estimate.
+    kernel_flops: `jaxpr_flops.Count.kernel_calls` of the program, for kernels without a cost estimate of their own.
+    kernel_efficiency: instead of the chip's.
   Raises:
     ValueError: a loop without a constant number of turns.
   """
-  walk = _Walk(module, chip, kernel_flops or {})
+  walk = _Walk(module, chip, kernel_flops or {}, kernel_efficiency or chip.kernel_efficiency)
   walk.run(module.entry, 1)
   return walk.result()
 
@@ -130,8 +135,10 @@ def step_cost(module: Module, chip: Chip, kernel_flops: Mapping[str, float] | No
 class _Walk:
   """Adds up instructions in schedule order; `clock` is computation so far, of one turn of the loop it is in."""
 
-  def __init__(self, module: Module, chip: Chip, kernel_flops: Mapping[str, float]):
-    self.module, self.chip, self.kernel_flops = module, chip, kernel_flops
+  def __init__(self, module: Module, chip: Chip, kernel_flops: Mapping[Call, float], kernel_efficiency: float):
+    self.module, self.chip = module, chip
+    self.kernel_flops, self.kernel_efficiency = kernel_flops, kernel_efficiency
+    self.unknown: set[str] = set()
     self.seconds = collections.Counter()
     self.kernel_calls = 0
     self.costs: list[InstructionCost] = []
@@ -201,7 +208,7 @@ class _Walk:
     seconds, kind = moved / chip.hbm_bandwidth, 'memory'
     if target == _KERNEL:
       kind = 'kernel'
-      seconds = max(seconds, self._flops_of(instruction) / (KERNEL_EFFICIENCY * chip.peak_flops))
+      seconds = max(seconds, self._flops_of(instruction) / (self.kernel_efficiency * chip.peak_flops))
       self.kernel_calls += times
     elif instruction.opcode in ('dot', 'convolution') or (called and has_product(module, called)):
       kind = 'product'
@@ -231,18 +238,23 @@ class _Walk:
     if scatters:
       kind = 'reduce-scatter'
     if channel not in self.woven:
-      overlap = 'woven' if 'async_collective' in called else 'exposed'
-      moved = self._moved(kind, overlap, size, collective, times)
+      moved = self._moved(kind, 'exposed', size, collective, times)
       self.woven[channel] = dataclasses.replace(moved, kind='reduce-scatter (fused)' if scatters else kind)
     transfer = self.woven[channel]
+    if seconds:
+      transfer.overlap = 'woven'
     transfer.count = min(transfer.count, times)
     transfer.hidden += seconds * times
 
   def _flops_of(self, kernel: Instruction) -> float:
+    """Of one call: its own estimate, else that of the traced kernel of this name and these shapes."""
     if estimate := re.search(r'"flops":"?(\d+)', kernel.attributes):
       return float(estimate.group(1))
-    operation = kernel.string('op_name') or ''
-    return next((flops for name, flops in self.kernel_flops.items() if name in operation or name in kernel.name), 0.0)
+    shapes = tuple(array.shape for array in kernel.arrays)
+    same = {of: flops for (name, of), flops in self.kernel_flops.items() if kernel.name.startswith(name)}
+    if not same:
+      self.unknown.add(kernel.name)
+    return same.get(shapes, max(same.values(), default=0.0))
 
   def result(self) -> StepCost:
     groups: dict[tuple[str, str, int], list[_Transfer]] = collections.defaultdict(list)
@@ -265,6 +277,8 @@ class _Walk:
       memory_seconds=self.seconds['memory'],
       kernel_seconds=self.seconds['kernel'],
       kernel_calls=self.kernel_calls,
+      kernel_efficiency=self.kernel_efficiency,
+      unknown_kernels=tuple(sorted(self.unknown)),
       collectives=tuple(sorted(collectives, key=lambda c: -c.seconds)),
       instructions=tuple(sorted(self.costs, key=lambda c: -c.seconds)),
     )

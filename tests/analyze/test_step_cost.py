@@ -1,0 +1,156 @@
+"""The cost model on schedules short enough to add up by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_mini_jax.analyze.hlo import parse
+from llava_mini_jax.analyze.step_cost import Collective, step_cost
+from llava_mini_jax.analyze.topologies import Chip
+
+# 1 cycle = 1 ms; 1 B from memory, 2 B gathered and 4 B reduced per ms; a kernel does 1 FLOP per ms
+CHIP = Chip(1e3, 2e3, 1e3, 1e9, 2e3, 4e3, 0.5)
+
+HEAD = """HloModule jit_step, is_scheduled=true
+
+%dot (p: s8[10], q: s8[10]) -> s8[10] {
+  %p = s8[10]{0} parameter(0)
+  %q = s8[10]{0} parameter(1)
+  ROOT %d = s8[10]{0} convolution(%p, %q)
+}
+
+%add (p.1: s8[10]) -> s8[10] {
+  %p.1 = s8[10]{0} parameter(0)
+  ROOT %a = s8[10]{0} add(%p.1, %p.1)
+}
+
+%async_collective_fusion (p.2: s8[10], q.2: s8[10], r.2: s8[10]) -> s8[10] {
+  %p.2 = s8[10]{0} parameter(0)
+  %q.2 = s8[10]{0} parameter(1)
+  %r.2 = s8[10]{0} parameter(2)
+  %g.2 = s8[80]{0:S(1)} all-gather(%r.2), channel_id=7, replica_groups=[1,8]<=[8]
+  ROOT %d.2 = s8[10]{0} convolution(%p.2, %q.2)
+}
+
+%all-reduce-scatter (p.3: s8[80]) -> s8[10] {
+  %p.3 = s8[80]{0} parameter(0)
+  %r.3 = s8[80]{0} all-reduce(%p.3), channel_id=8, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %s.3 = s8[10]{0} dynamic-slice(%r.3), dynamic_slice_sizes={10}
+}
+
+%below (arg: s32[]) -> pred[] {
+  %arg = s32[] parameter(0)
+  %bound = s32[] constant(5)
+  ROOT %c = pred[] compare(%arg, %bound), direction=LT
+}
+
+%body (arg.1: s32[]) -> s32[] {
+  %arg.1 = s32[] parameter(0)
+  %u = s8[10]{0} constant({...})
+  %inside = s8[10]{0} fusion(%u, %u), kind=kOutput, calls=%dot, backend_config={"estimated_cycles":"100"}
+}
+
+ENTRY %main (x: s8[10], y: s8[10]) -> s8[10] {
+  %x = s8[10]{0} parameter(0)
+  %y = s8[10]{0} parameter(1)
+  %z = s8[10]{0:S(1)} parameter(2)
+  %n = s32[] parameter(3)
+"""
+PRODUCT = 'fusion(%x, %y), kind=kOutput, calls=%dot, backend_config={"estimated_cycles":"40"}'
+
+
+def cost(*lines: str, **options):
+  return step_cost(parse('\n'.join([HEAD, *(f'  {line}' for line in lines), '}'])), CHIP, **options)
+
+
+def milliseconds(found) -> tuple[float, ...]:
+  return tuple(
+    round(1e3 * seconds, 9)
+    for seconds in (found.product_seconds, found.memory_seconds, found.kernel_seconds, found.exposed_seconds)
+  )
+
+
+def test_a_product_takes_its_cycles_or_its_bytes():
+  assert milliseconds(cost(f'%a = s8[10]{{0}} {PRODUCT}')) == (40, 0, 0, 0)
+  starved = PRODUCT.replace('"40"', '"4"')
+  assert milliseconds(cost(f'%a = s8[10]{{0}} {starved}')) == (30, 0, 0, 0)  # two operands and a result
+
+
+def test_memory():
+  assert milliseconds(cost('%a = s8[10]{0} fusion(%x), kind=kLoop, calls=%add')) == (0, 20, 0, 0)
+  assert milliseconds(cost('%a = s8[10]{0} fusion(%z), kind=kLoop, calls=%add')) == (0, 10, 0, 0)
+  assert milliseconds(cost('%a = s8[10]{0:S(1)} fusion(%z), kind=kLoop, calls=%add')) == (0, 0, 0, 0)
+  assert milliseconds(cost('%a = (s8[10]{0}) tuple(%x)', '%b = s8[10]{0} bitcast(%x)')) == (0, 0, 0, 0)
+
+
+def test_a_loop_multiplies():
+  found = cost('%w = s32[] while(%n), condition=%below, body=%body', f'%a = s8[10]{{0}} {PRODUCT}')
+  assert milliseconds(found) == (540, 0, 0, 0)
+  assert [(i.name, i.count, round(1e3 * i.seconds, 9)) for i in found.instructions] == [
+    ('inside', 5, 500.0),
+    ('a', 1, 40.0),
+  ]
+
+
+def test_exposed_collectives():
+  found = cost(
+    '%g = s8[80]{0} all-gather(%x), replica_groups=[1,8]<=[8]',
+    '%r = s8[80]{0} all-reduce(%g), replica_groups=[1,8]<=[8], to_apply=%add',
+    '%s = s8[10]{0} reduce-scatter(%r), replica_groups=[1,8]<=[8], to_apply=%add',
+    '%f = s8[10]{0} fusion(%r), kind=kCustom, calls=%all-reduce-scatter',
+    f'%a = s8[10]{{0}} {PRODUCT}',
+  )
+  expected = [('all-gather', 40.0), ('reduce-scatter', 40.0), ('reduce-scatter (fused)', 40.0), ('all-reduce', 20.0)]
+  assert [(c.kind, round(1e3 * c.seconds, 9)) for c in found.collectives] == expected
+  assert {(c.overlap, c.count, c.bytes, c.group) for c in found.collectives} == {('exposed', 1, 80, 8)}
+  assert [round(1e3 * s) for s in (found.seconds_low, found.seconds, found.seconds_high)] == [140, 180, 180]
+
+
+@pytest.mark.parametrize(('products', 'exposed'), [(0, 40), (1, 0), (2, 0)])
+def test_a_collective_that_is_awaited_hides_behind_what_comes_between(products, exposed):
+  found = cost(
+    '%g = (s8[10]{0}, s8[80]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8]',
+    *(f'%a{i} = s8[10]{{0}} {PRODUCT}' for i in range(products)),
+    '%h = s8[80]{0} all-gather-done(%g)',
+    f'%after = s8[10]{{0}} {PRODUCT}',
+  )
+  assert milliseconds(found) == (40 * (products + 1), 0, 0, exposed)
+  assert [(c.overlap, c.bytes) for c in found.collectives] == [('started', 80)]
+
+
+def test_two_that_are_awaited_share_the_links():
+  found = cost(
+    '%g = (s8[10]{0}, s8[80]{0}) all-gather-start(%x)',
+    '%h = (s8[10]{0}, s8[80]{0}) all-gather-start(%y)',
+    f'%a = s8[10]{{0}} {PRODUCT}',
+    '%gd = s8[80]{0} all-gather-done(%g)',
+    '%hd = s8[80]{0} all-gather-done(%h)',
+  )
+  assert milliseconds(found) == (40, 0, 0, 40)
+
+
+def test_a_collective_that_is_woven_into_products():
+  woven = 'fusion(%x, %y, %x), kind=kOutput, calls=%async_collective_fusion, backend_config={"estimated_cycles":"15"}'
+  found = cost(f'%a = s8[10]{{0}} {woven}', f'%b = s8[10]{{0}} {woven}')
+  assert milliseconds(found) == (30, 0, 0, 10)
+  assert found.collectives == (Collective('all-gather', 'woven', 1, 80.0, pytest.approx(0.04), pytest.approx(0.01), 8),)
+
+
+KERNEL = 'custom-call(%x), custom_call_target="tpu_custom_call"'
+
+
+def test_kernels():
+  """By their own estimate; else as traced, by name and shapes; else by their bytes, and named."""
+  estimated = f'%splash.1 = s8[10]{{0}} {KERNEL}, backend_config={{"cost_estimate":{{"flops":"700"}}}}'
+  assert milliseconds(cost(estimated)) == (0, 0, 700, 0)
+  traced = {('splash', ((10,),)): 300.0, ('splash', ((20,),)): 500.0, ('other', ((10,),)): 9.0}
+  found = cost(f'%splash.1 = s8[10]{{0}} {KERNEL}', kernel_flops=traced)
+  assert milliseconds(found) == (0, 0, 300, 0) and not found.unknown_kernels and found.kernel_calls == 1
+  assert milliseconds(cost(f'%splash.1 = s8[30]{{0}} {KERNEL}', kernel_flops=traced)) == (0, 0, 500, 0)
+  assert milliseconds(cost(f'%splash.1 = s8[10]{{0}} {KERNEL}', kernel_flops=traced, kernel_efficiency=0.25))[2] == 600
+  unknown = cost(f'%splash.1 = s8[10]{{0}} {KERNEL}')
+  assert milliseconds(unknown) == (0, 0, 20, 0) and unknown.unknown_kernels == ('splash.1',)
+
+
+def test_what_is_no_kernel_takes_no_time():
+  assert milliseconds(cost('%c = s8[10]{0} custom-call(%x), custom_call_target="Sharding"')) == (0, 0, 0, 0)
