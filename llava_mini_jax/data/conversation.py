@@ -21,11 +21,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 Turn = Mapping[str, str]
 Span = tuple[int, int]
+_Medium = TypeVar('_Medium')
 
 IMAGE_TAG, VIDEO_TAG = '<image>', '<video>'
 MEDIA_TAG = re.compile(f'{IMAGE_TAG}|{VIDEO_TAG}')
@@ -89,18 +91,26 @@ def load_template(name_or_path: str | os.PathLike) -> jinja2.Template:
   Raises:
     ConfigError: no such template, or its syntax is wrong (the message gives file and line).
   """
-  if name_or_path in TEMPLATES:
-    path = Path(__file__).with_name('templates') / f'{name_or_path}.jinja'
-  else:
-    path = Path(name_or_path)
-  if not path.is_file():
-    close = difflib.get_close_matches(str(name_or_path), TEMPLATES, n=1)
-    hint = f'; did you mean {close[0]!r}?' if close else ''
-    raise ConfigError(f'template: expected one of {", ".join(TEMPLATES)} or a file; found {str(name_or_path)!r}{hint}')
+  path = _template_file(name_or_path)
   try:
     return _ENVIRONMENT.from_string(path.read_text(encoding='utf-8'))
   except jinja2.TemplateSyntaxError as error:
     raise ConfigError(f'template {path.name}:{error.lineno}: {error.message}') from error
+
+
+def template_fingerprint(name_or_path: str | os.PathLike) -> str:
+  """sha256 of a template's text, wherever it lies. Raises ConfigError: no such template."""
+  return hashlib.sha256(_template_file(name_or_path).read_bytes()).hexdigest()
+
+
+def _template_file(name_or_path: str | os.PathLike) -> Path:
+  if name_or_path in TEMPLATES:
+    return Path(__file__).with_name('templates') / f'{name_or_path}.jinja'
+  if not Path(name_or_path).is_file():
+    close = difflib.get_close_matches(str(name_or_path), TEMPLATES, n=1)
+    hint = f'; did you mean {close[0]!r}?' if close else ''
+    raise ConfigError(f'template: expected one of {", ".join(TEMPLATES)} or a file; found {str(name_or_path)!r}{hint}')
+  return Path(name_or_path)
 
 
 def render(
@@ -277,6 +287,20 @@ def _check(turns: Any, where: str, name: str, speaker: str, text: str, roles: tu
       raise DataError('E_IMAGE_TAGS', where, f'{here}.{text}: expected {tag[0]} in {roles[1]} turns only; found one')
   if len(turns) == lead:
     raise DataError('E_EMPTY_TURNS', where, f'{name}: expected at least one {roles[1]} turn; found none')
+
+
+def media_tags(turns: Iterable[Turn]) -> list[str]:
+  """Every `<image>` and `<video>` of a conversation, in order."""
+  return [tag for turn in turns for tag in MEDIA_TAG.findall(turn['content'])]
+
+
+def tagged_media(turns: Iterable[Turn], media: Sequence[_Medium], where: str) -> list[tuple[str, _Medium]]:
+  """Every tag with the medium it stands for. Raises DataError E_IMAGE_TAGS unless there is one tag for each."""
+  tags = media_tags(turns)
+  if len(tags) != len(media):
+    expected = f'expected {len(media)} <image> or <video> tag(s) for its media; found {len(tags)}'
+    raise DataError('E_IMAGE_TAGS', where, expected)
+  return list(zip(tags, media, strict=True))
 
 
 def check_targets(encoded: Encoded, where: str) -> None:

@@ -62,6 +62,7 @@ def load_image(source: bytes | Path, where: str) -> Image.Image:
       MAX_PIXELS or MAX_SIDE; E_IMG_ASPECT longer than MAX_ASPECT : 1; E_IMG_TRUNCATED data end early or are damaged.
   """
   data = _read(source, where) if isinstance(source, Path) else source
+  check_bytes(len(data), where)
   try:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
   except UnidentifiedImageError as error:
@@ -97,8 +98,14 @@ def _read(path: Path, where: str) -> bytes:
   if data is not None:
     return data
   if stat.S_ISREG(status.st_mode):
-    raise DataError('E_IMG_TOO_LARGE', where, f'expected at most {MAX_BYTES} bytes; found {status.st_size}')
+    check_bytes(status.st_size, where)
   raise DataError('E_IMG_MISSING', where, 'expected a file; found a directory, pipe or device')
+
+
+def check_bytes(found: int, where: str) -> None:
+  """Raises DataError E_IMG_TOO_LARGE for a file of more than MAX_BYTES."""
+  if found > MAX_BYTES:
+    raise DataError('E_IMG_TOO_LARGE', where, f'expected at most {MAX_BYTES} bytes; found {found}')
 
 
 def _orientation(image: Image.Image) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from llava_mini_jax.config import require_choice
-from llava_mini_jax.data.conversation import VIDEO_TAG
+from llava_mini_jax.data.conversation import VIDEO_TAG, Turn, tagged_media
 from llava_mini_jax.data.images import ImageProcessor, load_image
 from llava_mini_jax.data.video import FrameSampler, read_frames, squash
 
@@ -41,6 +42,11 @@ class MediaProcessor:
       return [np.asarray(load_image(source, where))]
     frames = read_frames(source, self.sampler, where)
     return [squash(frame, self.images.size) if self.frame_resize == 'squash' else frame for frame in frames]
+
+  def read_record(self, turns: Iterable[Turn], media: Sequence[bytes | Path], where: str) -> list[list[np.ndarray]]:
+    """`read` for every tag of a conversation. Raises DataError E_IMAGE_TAGS too, if there is not a tag for each."""
+    pairs = enumerate(tagged_media(turns, media, where))
+    return [self.read(data, tag, f'{where}: {tag.strip("<>")} {i}') for i, (tag, data) in pairs]
 
   def views(self, visual: np.ndarray | Image.Image) -> np.ndarray:
     """uint8[h w 3] -> uint8[V size size 3]."""

@@ -26,6 +26,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2  # TFDS's own copy of the protocol: no TensorFlow
 
+from llava_mini_jax.data import video
 from llava_mini_jax.data.errors import DataError
 
 Record = dict[str, Any]
@@ -34,7 +35,7 @@ _NAME = 'llava_mini_jax'
 _SPLIT_NAME = re.compile(r'[A-Za-z0-9_]+')
 _KEYS = ('id', 'category', 'media', 'conversations/from', 'conversations/value')  # of a serialized record
 _CHUNK, _CHUNK_BYTES = 256, 64 * 2**20  # handed to the writer at once: it rewrites its metadata on each call
-_MAX_MEDIA_BYTES = 2**31 - 2**20  # of a record: a protocol buffer holds no more
+MAX_MEDIA_BYTES = video.MAX_BYTES  # of a record
 
 
 def _features() -> tfds.features.FeaturesDict:
@@ -144,12 +145,17 @@ def _chunk(records: Iterator[Record]) -> list[Record]:
   found, size = [], 0
   while len(found) < _CHUNK and size < _CHUNK_BYTES and (record := next(records, None)) is not None:
     bytes_here = sum(map(len, record['media']))
-    if bytes_here > _MAX_MEDIA_BYTES:
-      expected = f'expected media of at most {_MAX_MEDIA_BYTES} bytes in all; found {bytes_here}'
-      raise DataError('E_TOO_LARGE', f'sample {record["id"]!r}', expected)
+    check_media_bytes(bytes_here, f'sample {record["id"]!r}')
     found.append(record)
     size += bytes_here
   return found
+
+
+def check_media_bytes(found: int, where: str) -> None:
+  """Raises DataError E_TOO_LARGE for more bytes of media, all together, than a record holds."""
+  if found > MAX_MEDIA_BYTES:
+    expected = f'expected media of at most {MAX_MEDIA_BYTES} bytes in all; found {found}'
+    raise DataError('E_TOO_LARGE', where, expected)
 
 
 def _update(digest, record: Record) -> None:

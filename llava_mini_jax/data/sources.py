@@ -19,11 +19,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mini_jax.data.conversation import IMAGE_TAG, MEDIA_TAG, VIDEO_TAG, turns_from_llava
+from llava_mini_jax.data import images, video
+from llava_mini_jax.data.conversation import IMAGE_TAG, VIDEO_TAG, media_tags, turns_from_llava
 from llava_mini_jax.data.errors import DataError
-from llava_mini_jax.data.images import load_image
-from llava_mini_jax.data.records import Record
-from llava_mini_jax.data.video import check_video
+from llava_mini_jax.data.records import Record, check_media_bytes
+
+# What a tag stands for: in words, in codes of errors, and what reads it.
+_KINDS = {
+  IMAGE_TAG: ('image', 'IMG', images, images.load_image),
+  VIDEO_TAG: ('video', 'VIDEO', video, video.check_video),
+}
 
 
 @dataclasses.dataclass
@@ -186,14 +191,13 @@ def _record(value: Any, media_root: str | os.PathLike | None, reserved: Sequence
   paths = {tag: _paths(value, field) for tag, field in ((IMAGE_TAG, 'image'), (VIDEO_TAG, 'video'))}
   if paths[VIDEO_TAG] and not paths[IMAGE_TAG]:
     conversations = [{**turn, 'value': turn['value'].replace(IMAGE_TAG, VIDEO_TAG)} for turn in conversations]
-  tags = [tag for turn in conversations for tag in MEDIA_TAG.findall(turn['value'])]
+  tags = media_tags(turns_from_llava(conversations, where))
   for tag, kind in ((IMAGE_TAG, 'image'), (VIDEO_TAG, 'video')):
     if tags.count(tag) != len(paths[tag]):
       expected = f'expected {len(paths[tag])} for its {kind}(s)'
       raise DataError('E_IMAGE_TAGS', where, f'found {tags.count(tag)} {tag} tag(s), {expected}')
   _check_text([identity, category, *(turn['value'] for turn in conversations)], reserved, where)
-  rest = {tag: iter(found) for tag, found in paths.items()}
-  media = [_medium(tag, media_root, next(rest[tag]), where) for tag in tags]
+  media = _read_media(tags, paths, media_root, where)
   return {'id': identity, 'category': category, 'media': media, 'conversations': conversations}
 
 
@@ -227,16 +231,32 @@ def _check_text(texts: list[str], reserved: Sequence[str], where: str) -> None:
         raise DataError('E_SPECIAL_TOKEN', where, f'expected no special token in the text; found {token!r}')
 
 
-def _medium(tag: str, media_root: str | os.PathLike | None, path: Any, where: str) -> bytes:
-  """The bytes of an image or a video, decoded once to see that they can be."""
-  kind, code, check = ('image', 'IMG', load_image) if tag == IMAGE_TAG else ('video', 'VIDEO', check_video)
-  if media_root is None:
-    raise DataError(f'E_{code}_MISSING', where, f'names the {kind} {path!r}, and no media root was given')
-  try:
-    data = resolve_inside(media_root, path).read_bytes()
-  except DataError as error:
-    raise DataError(error.code.replace('IMG', code), f'{where}: {kind} {error.where}', error.message) from None
-  except OSError as error:
-    raise DataError(f'E_{code}_MISSING', f'{where}: {kind} {path!r}', f'cannot be read ({error.strerror})') from None
-  check(data, f'{where}: {kind} {path!r}')
-  return data
+def _read_media(
+  tags: Sequence[str], paths: dict[str, list[Any]], root: str | os.PathLike | None, where: str
+) -> list[bytes]:
+  """The n-th path of a kind for the n-th tag of it, decoded once to see that it can be.
+
+  No file is read that is too large, or too much for the record together with those before it.
+  """
+  rest = {tag: iter(found) for tag, found in paths.items()}
+  media: list[bytes] = []
+  for tag in tags:
+    path = next(rest[tag])
+    kind, code, module, check = _KINDS[tag]
+    here = f'{where}: {kind} {path!r}'
+    if root is None:
+      raise DataError(f'E_{code}_MISSING', where, f'names the {kind} {path!r}, and no media root was given')
+    try:
+      file = resolve_inside(root, path)
+    except DataError as error:
+      raise DataError(error.code.replace('IMG', code), f'{where}: {kind} {error.where}', error.message) from None
+    try:
+      size = file.stat().st_size
+      module.check_bytes(size, here)
+      check_media_bytes(sum(map(len, media)) + size, where)
+      data = file.read_bytes()
+    except OSError as error:
+      raise DataError(f'E_{code}_MISSING', here, f'cannot be read ({error.strerror})') from None
+    check(data, here)
+    media.append(data)
+  return media

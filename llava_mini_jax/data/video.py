@@ -37,7 +37,7 @@ from llava_mini_jax.config import ConfigError, require_choice
 from llava_mini_jax.data.containers import CONTAINERS, demuxer_of
 from llava_mini_jax.data.errors import DataError
 
-MAX_BYTES = 4 * 2**30  # of a file
+MAX_BYTES = 2**31 - 2**20  # of a file: a record holds no more, for a protocol buffer does not
 MAX_SECONDS = 4 * 3600
 MAX_PIXELS = 40_000_000  # of a frame, looked up before it is decoded
 
@@ -219,8 +219,7 @@ def _av() -> Any:
 
 def _file(source: bytes | Path, where: str) -> BinaryIO:
   if isinstance(source, bytes):
-    if len(source) > MAX_BYTES:
-      raise _too_large(where, f'{MAX_BYTES} bytes', str(len(source)))
+    check_bytes(len(source), where)
     return io.BytesIO(source)
   try:
     status = os.stat(source)
@@ -229,8 +228,14 @@ def _file(source: bytes | Path, where: str) -> BinaryIO:
   except (OSError, ValueError) as error:  # ValueError: a NUL in the name
     raise DataError('E_VIDEO_MISSING', where, f'expected a readable file; {error}') from error
   if stat.S_ISREG(status.st_mode):
-    raise _too_large(where, f'{MAX_BYTES} bytes', str(status.st_size))
+    check_bytes(status.st_size, where)
   raise DataError('E_VIDEO_MISSING', where, 'expected a file; found a directory, pipe or device')
+
+
+def check_bytes(found: int, where: str) -> None:
+  """Raises DataError E_VIDEO_TOO_LARGE for a file of more than MAX_BYTES."""
+  if found > MAX_BYTES:
+    raise _too_large(where, f'{MAX_BYTES} bytes', str(found))
 
 
 def _too_large(where: str, limit: str, found: str) -> DataError:

@@ -218,7 +218,7 @@ def test_records_are_handed_on_a_few_at_a_time(monkeypatch, tmp_path):
   assert [record['id'] for record in records._chunk(iterator)] == ['0', '1'] and pulled == [0, 1]
   write(tmp_path / 'out', {'train': source()}, description='x')
   assert [open_split(tmp_path / 'out', 'train')[i]['id'] for i in range(10)] == [str(i) for i in range(10)]
-  monkeypatch.setattr(records, '_MAX_MEDIA_BYTES', 59)
+  monkeypatch.setattr(records, 'MAX_MEDIA_BYTES', 59)
   with pytest.raises(
     DataError, match=r"^E_TOO_LARGE: sample '0': expected media of at most 59 bytes in all; found 60$"
   ):
