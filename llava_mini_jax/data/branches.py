@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llava_mini_jax.data.conversation import MEDIA_TAG, Encoded, Turn
+from llava_mini_jax.data.conversation import MEDIA_TAG, Encoded, Turn, media_tags
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.types import IMAGE_TOKEN_ID
 
@@ -22,20 +22,31 @@ def one_question_each(turns: Sequence[Turn]) -> list[list[Turn]]:
   A last question without an answer is left out. A conversation with several tags, whose questions are about different
   images, stays whole.
   """
+  lead, pairs, tags = taken_apart(turns)
+  if not pairs or len(tags) > 1:
+    return [list(turns)]
+  return [[*lead, tagged(question, *tags), answer] for question, answer in pairs]
+
+
+def taken_apart(turns: Sequence[Turn]) -> tuple[list[Turn], list[tuple[Turn, Turn]], list[str]]:
+  """A conversation -> its leading system turn, if any; questions with their answers; all of its tags.
+
+  A last question without an answer is left out.
+  """
   lead = [turn for turn in turns[:1] if turn['role'] == 'system']
   body = turns[len(lead) :]
-  tags = [tag for turn in body for tag in MEDIA_TAG.findall(turn['content'])]
-  if len(tags) > 1 or len(body) < 2:
-    return [list(turns)]
-  pairs = zip(body[0::2], body[1::2], strict=False)
-  return [[*lead, tagged(question, *tags), answer] for question, answer in pairs]
+  return lead, list(zip(body[0::2], body[1::2], strict=False)), media_tags(body)
 
 
 def tagged(question: Turn, tag: str | None = None) -> Turn:
   """The question with its tag, if any, replaced by `tag` in front."""
   if tag is None:
     return question
-  return {**question, 'content': f'{tag}\n{MEDIA_TAG.sub("", question["content"]).strip()}'}
+  return {**question, 'content': f'{tag}\n{without_tags(question)["content"]}'}
+
+
+def without_tags(question: Turn) -> Turn:
+  return {**question, 'content': MEDIA_TAG.sub('', question['content']).strip()}
 
 
 def share_prefix(conversations: Sequence[Encoded], where: str) -> tuple[Encoded, np.ndarray]:

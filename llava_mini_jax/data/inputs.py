@@ -15,10 +15,11 @@ from llava_mini_jax.data.conversation import end_of_turn, load_template
 from llava_mini_jax.data.images import ImageProcessor
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.mixture import Epochs, Mixture, Shuffled, parse
-from llava_mini_jax.data.packing import Grouped, Packed, SampleSize, record_sizes
+from llava_mini_jax.data.packing import Grouped, Packed
 from llava_mini_jax.data.pipeline import make_iterator
 from llava_mini_jax.data.records import Split, open_split
 from llava_mini_jax.data.rows import RowShape
+from llava_mini_jax.data.sizes import SampleSize, kept_sizes, record_sizes
 from llava_mini_jax.data.tokenizer import load_tokenizer
 from llava_mini_jax.data.video import FrameSampler
 from llava_mini_jax.experiment import DataConfig
@@ -35,13 +36,20 @@ class Inputs:
   processor: MediaProcessor
   row: RowShape
 
-  def order(self, *, batch_size: int, seed: int) -> Order | None:
-    """What each epoch visits; None = every record once, shuffled. Packing and grouping measure every record first."""
+  def order(self, *, batch_size: int, seed: int, kept: Path | None = None) -> Order | None:
+    """What each epoch visits; None = every record once, shuffled.
+
+    Packing and grouping measure every record first.
+
+    Args:
+      kept: where the sizes are kept (`sizes.kept_sizes`); None = nowhere.
+    """
     config = self.config
     if not (config.pack or config.group_by_length):
       return Shuffled(self.source, seed) if isinstance(self.source, Mixture) else None
     measure = SampleSize(self.tokenizer, config.template, self._system, self.model, self.row, self.processor.sampler)
-    sizes = record_sizes(self.source, measure, workers=config.workers)
+    options = dict(workers=config.workers)
+    sizes = kept_sizes(kept, self.source, measure, **options) if kept else record_sizes(self.source, measure, **options)
     if config.truncate:
       sizes[:, 0] = np.minimum(sizes[:, 0], self.row.length)
     if config.pack:
@@ -114,17 +122,12 @@ def load_inputs(config: DataConfig, model: LlavaMiniConfig, *, seed: int = 0, st
   source = Mixture(parse(config.mixture), seed=seed) if config.mixture else open_split(config.dataset, config.split)
   tokenizer = load_tokenizer(tokenizer_directory(config, start))
   end_of_turn(tokenizer, load_template(config.template))
-  return Inputs(
-    config=config,
-    model=model,
-    source=source,
-    tokenizer=tokenizer,
-    processor=media_processor(config, model),
-    row=RowShape.for_model(
-      model,
-      length=config.row_length,
-      visuals=config.visuals_per_row,
-      fused_text=config.fused_text or None,
-      views=ImageProcessor(model.vision.image_size, grid=config.grid).views,
-    ),
+  processor = media_processor(config, model)
+  row = RowShape.for_model(
+    model,
+    length=config.row_length,
+    visuals=config.visuals_per_row,
+    fused_text=config.fused_text or None,
+    views=processor.images.views,
   )
+  return Inputs(config, model, source, tokenizer, processor, row)

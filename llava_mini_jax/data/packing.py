@@ -1,98 +1,27 @@
 """Fewer places that are padding: several whole samples in one row, or shorter rows for batches of short samples.
 
-Enters: how many tokens and visuals every record needs, and rows of one sample each from `rows.build_row`. Leaves: which
-records share a row or a batch, and those rows. Packing changes nothing for a sample: `segment_ids` keep the samples of
-a row from seeing each other, positions restart, and each visual keeps the text it is fused with and its slots.
+Enters: how many tokens and visuals every record needs (`sizes`), and rows of one sample each from `rows.build_row`.
+Leaves: which records share a row or a batch, and those rows. Packing changes nothing for a sample: `segment_ids` keep
+the samples of a row from seeing each other, positions restart, and each visual keeps the text it is fused with and its
+slots.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import itertools
-import multiprocessing
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
-import transformers
 
-from llava_mini_jax.config import ConfigError, LlavaMiniConfig
-from llava_mini_jax.data.conversation import MEDIA_TAG, VIDEO_TAG, encode, load_template, turns_from_llava
+from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.mixture import length_grouped, permutation, samples_of
 from llava_mini_jax.data.records import Record
 from llava_mini_jax.data.rows import RowShape
-from llava_mini_jax.data.video import FrameSampler, read_frames
 
 Row = dict[str, np.ndarray]
 
 _BY_TOKEN = ('tokens', 'targets', 'loss_mask', 'positions')
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleSize:
-  """Record -> (tokens with vision slots, visuals), exactly as `samples.RowTransform` lays it out.
-
-  Images are not decoded; videos are, unless the sampler says at once how many frames there will be.
-
-  Attributes:
-    tokenizer, template, system, model, row: as the arguments of `pipeline.make_iterator`.
-    sampler: of `media.MediaProcessor`.
-  """
-
-  tokenizer: transformers.PreTrainedTokenizerFast
-  template: str | os.PathLike
-  system: str | None
-  model: LlavaMiniConfig
-  row: RowShape
-  sampler: FrameSampler = FrameSampler()
-
-  def __call__(self, record: Record) -> tuple[int, int]:
-    """Raises DataError as `conversation.encode` and `video.read_frames`; E_IMAGE_TAGS if tags and media differ."""
-    where = f'sample {record["id"]!r}'
-    turns = turns_from_llava(record['conversations'], where)
-    tags = [tag for turn in turns for tag in MEDIA_TAG.findall(turn['content'])]
-    media = record['media']
-    if len(tags) != len(media):
-      expected = f'expected {len(media)} <image> or <video> tag(s) for its media; found {len(tags)}'
-      raise DataError('E_IMAGE_TAGS', where, expected)
-    visuals = sum(self._visuals(tag, data, where) for tag, data in zip(tags, media, strict=True))
-    ids = encode(self.tokenizer, load_template(self.template), turns, system=self.system, where=where).ids
-    untagged = int(not tags and self.model.text_only == 'zero_image')
-    return len(ids) - len(tags) + visuals * self.row.tokens_per_visual, visuals + untagged
-
-  def _visuals(self, tag: str, data: bytes | Path, where: str) -> int:
-    if tag != VIDEO_TAG:
-      return 1
-    if self.sampler.count and self.sampler.rule == 'timestamp':
-      return self.sampler.count
-    return sum(1 for _ in read_frames(data, self.sampler, f'{where}: video'))
-
-
-def record_sizes(
-  source: Sequence[Record], size_of: Callable[[Record], tuple[int, int]], *, workers: int = 0
-) -> np.ndarray:
-  """(tokens, visuals) of every record, int32[len(source) 2]; reads each once.
-
-  Args:
-    workers: processes that share the work; the result is the same. They are spawned, so source and `size_of` travel by
-      pickle and the main module needs its `if __name__ == '__main__'`. 0 = none.
-  Raises:
-    DataError: what is wrong with the first bad record.
-  """
-  if not workers:
-    return _sizes(source, size_of, 0, len(source))
-  bounds = [len(source) * i // (8 * workers) for i in range(8 * workers + 1)]
-  context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-    parts = pool.map(_sizes, itertools.repeat(source), itertools.repeat(size_of), bounds[:-1], bounds[1:])
-    return np.concatenate(list(parts))
-
-
-def _sizes(source: Sequence[Record], size_of: Callable, start: int, stop: int) -> np.ndarray:
-  return np.array([size_of(source[i]) for i in range(start, stop)], np.int32).reshape(-1, 2)
 
 
 def plan(sizes: np.ndarray, capacity: tuple[int, int], *key: int | str, window: int = 512) -> list[tuple[int, ...]]:
@@ -146,7 +75,7 @@ class Packed:
   """epoch -> groups of record indices as `plan`; an order for `mixture.Epochs`.
 
   Attributes:
-    sizes: int[len(source) 2], from `record_sizes`.
+    sizes: int[len(source) 2], from `sizes.record_sizes`.
   Raises:
     DataError: E_TOO_LONG naming a sample that fits no row.
   """

@@ -17,16 +17,8 @@ import transformers
 
 from llava_mini_jax.config import IMAGE_MEAN, LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
-from llava_mini_jax.data.branches import one_question_each, share_prefix, tagged
-from llava_mini_jax.data.conversation import (
-  MEDIA_TAG,
-  Encoded,
-  Turn,
-  check_targets,
-  encode,
-  load_template,
-  turns_from_llava,
-)
+from llava_mini_jax.data.branches import one_question_each, share_prefix, tagged, taken_apart, without_tags
+from llava_mini_jax.data.conversation import Encoded, Turn, check_targets, encode, load_template, turns_from_llava
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.records import Record
@@ -95,8 +87,7 @@ class RowTransform:
     pixels = np.zeros((self.row.visuals, self.processor.images.views, size, size, 3), np.uint8)
     for i, visual in enumerate(itertools.chain.from_iterable(self._views(visuals, rng) for visuals in sample.media)):
       pixels[i] = visual
-    if not sample.media:
-      pixels[: self._untagged(sample.media)] = _MEAN_COLOR
+    pixels[: self._untagged(sample.media)] = _MEAN_COLOR
     return {**fields, 'pixels': pixels}
 
   def _lay_out(
@@ -173,20 +164,11 @@ class RowTransform:
     record = self.source[index]
     where = f'sample {record["id"]!r}'
     turns = turns_from_llava(record['conversations'], where)
-    tags = [tag for turn in turns for tag in MEDIA_TAG.findall(turn['content'])]
-    if len(tags) != len(record['media']):
-      expected = f'expected {len(record["media"])} <image> or <video> tag(s) for its media; found {len(tags)}'
-      raise DataError('E_IMAGE_TAGS', where, expected)
-    media = [
-      self.processor.read(data, tag, f'{where}: {tag.strip("<>")} {i}')
-      for i, (tag, data) in enumerate(zip(tags, record['media'], strict=True))
-    ]
+    media = self.processor.read_record(turns, record['media'], where)
     if self.augment is None:
       media = [[self.processor.views(visual) for visual in visuals] for visuals in media]
     alone = [self._encode(one, where) for one in one_question_each(turns)] if self.side_by_side else []
-    for (
-      one
-    ) in alone:  # else a question too long would be refused in the epochs that begin with it, and left out in others
+    for one in alone:  # else one too long would be refused in the epochs that begin with it, and left out in others
       self._lay_out(one, None, media, where)
     return _Sample(where, turns, media, alone)
 
@@ -201,17 +183,13 @@ def choose_turns(turns: Sequence[Turn], rng: np.random.Generator, most: int) -> 
   Args:
     most: how many question-answer pairs to keep: a number drawn from 1..most, or as many as there are.
   """
-  lead = [turn for turn in turns[:1] if turn['role'] == 'system']
-  body = turns[len(lead) :]
-  pairs = list(zip(body[0::2], body[1::2], strict=False))  # a last question without an answer is left out
-  tags = [tag for turn in body for tag in MEDIA_TAG.findall(turn['content'])]
+  lead, pairs, tags = taken_apart(turns)
   if not pairs or len(tags) > 1:
     return list(turns)
   most = min(most, len(pairs))
   count = int(rng.integers(1, most + 1))
   chosen = [dict(turn) for i in rng.permutation(len(pairs))[:count] for turn in pairs[i]]
   if tags:
-    for question in chosen[0::2]:
-      question['content'] = MEDIA_TAG.sub('', question['content']).strip()
+    chosen[0::2] = map(without_tags, chosen[0::2])
     chosen[0] = tagged(chosen[0], *tags)
   return lead + chosen

@@ -101,24 +101,21 @@ def _question(records: Split, index: int, images: str, media: MediaProcessor) ->
   turns = turns_from_llava(record['conversations'], record['id'])
   if turns[-1]['role'] != 'assistant':
     raise DataError('E_NO_TARGET', f'sample {record["id"]!r}', 'expected an answer to compare with; found none')
-  shown = _partner(records, index) if images == 'swapped' else record
-  tags = [tag for turn in shown['conversations'] for tag in MEDIA_TAG.findall(turn['value'])]
+  shown = _partner(records, index, record) if images == 'swapped' and record['media'] else record
   where = f'sample {shown["id"]!r}'
-  visuals = [media.read(data, tag, where) for tag, data in zip(tags, shown['media'], strict=True)]
+  visuals = media.read_record(turns_from_llava(shown['conversations'], where), shown['media'], where)
   if images == 'blank':
     visuals = [[np.broadcast_to(np.array(PAD_COLOR, np.uint8), v.shape) for v in some] for some in visuals]
   return Question(Prompt(turns[:-1], visuals, record['id']), turns[-1]['content'], record['category'])
 
 
-def _partner(records: Split, index: int) -> Record:
-  """The record whose images stand for its own. Raises DataError E_NO_SWAP if there is none."""
-  own, count = records[index], len(records)
-  for step in range(count) if own['media'] else ():
+def _partner(records: Split, index: int, own: Record) -> Record:
+  """The record whose images stand for those of record `index`. Raises DataError E_NO_SWAP if there is none."""
+  count = len(records)
+  for step in range(count):
     other = records[(index + count // 2 + step) % count]
     if len(other['media']) == len(own['media']) and other['media'] != own['media']:
       return other
-  if not own['media']:
-    return own
   raise DataError('E_NO_SWAP', f'sample {own["id"]!r}', 'expected a record with as many images, and other ones')
 
 

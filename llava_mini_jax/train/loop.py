@@ -13,9 +13,11 @@ import jax
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.convert.run_weights import describe_start, is_imported
+from llava_mini_jax.data.conversation import template_fingerprint
 from llava_mini_jax.data.inputs import Inputs, load_inputs
 from llava_mini_jax.data.mixture import Mixture
 from llava_mini_jax.data.pipeline import DeviceBatches, device_batches
+from llava_mini_jax.data.sizes import SIZES_NAME
 from llava_mini_jax.data.tokenizer import fingerprint, save_tokenizer
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, use_mesh
@@ -35,7 +37,8 @@ State = dict[str, Any]
 def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
   """Trains to the end, or on from the last checkpoint in `workdir`.
 
-  Leaves in `workdir`: config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/, curves.png.
+  Leaves in `workdir`: config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/, curves.png, and sizes.npz if
+  samples are packed or grouped.
 
   Returns:
     The last step's metrics.
@@ -47,10 +50,12 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
   config = experiment.train
 
   # -- inputs --------------------------------------------------------------------------------------------------------
+  if is_imported(workdir):
+    raise ConfigError(f'{workdir}: an imported run; name it in train.init_from and use another --workdir')
   mesh = make_mesh(config.mesh)
   check_batch(config.batch_size, mesh)
   inputs = load_inputs(experiment.data, experiment.model, seed=config.seed, start=config.init_from)
-  order = inputs.order(batch_size=config.batch_size, seed=config.seed)
+  order = inputs.order(batch_size=config.batch_size, seed=config.seed, kept=workdir / SIZES_NAME)
   total = experiment.total_steps(inputs.rows(order, config.epochs))
   batches = device_batches(
     inputs.iterator(
@@ -77,8 +82,6 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     max_grad_norm=config.max_grad_norm,
   )
   check_start(experiment, trainer)
-  if is_imported(workdir):
-    raise ConfigError(f'{workdir}: an imported run; name it in train.init_from and use another --workdir')
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(workdir / 'checkpoints', keep=config.keep)
   with use_mesh(mesh), checkpoints, contextlib.closing(batches):
@@ -142,12 +145,15 @@ def _start(
 
 # What a run may go on with as it likes: it changes no number, or is checked by what the path leads to.
 _FREE = re.compile(
-  r'config\.(train\.(log_every|save_every|keep|mesh)|data\.(workers|dataset|tokenizer)|model\.(scan\..*|visual_chunk)).*'
+  r'config\.(train\.(log_every|save_every|keep|mesh)|data\.(workers|dataset|tokenizer|template)|'
+  r'model\.(scan\..*|visual_chunk)).*'
 )
 
 
 def differences(stored: Any, now: Any, path: str = '') -> list[str]:
   """`path: was …, is …` for every leaf that two nested dicts of a run's meta do not share, but for the `_FREE` ones."""
+  if path == 'config.data.mixture':  # a row without its directory: what lies there is in the fingerprint
+    stored, now = ([row[1:] for row in rows or ()] for rows in (stored, now))
   if isinstance(stored, dict) and isinstance(now, dict):
     names = dict.fromkeys([*stored, *now])
     parts = (differences(stored.get(n), now.get(n), f'{path}.{n}' if path else n) for n in names)
@@ -161,6 +167,7 @@ def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:
     total_steps=total,
     dataset=inputs.source.fingerprint,
     tokenizer=fingerprint(inputs.tokenizer),
+    template=template_fingerprint(experiment.data.template),
     config=json.loads(json.dumps(experiment.to_dict())),
   )
 

@@ -14,9 +14,10 @@ from test_pipeline import MODEL, RECORDS, ROW, TOKENIZER, assert_equal, iterate,
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.mixture import Epochs, length_grouped
-from llava_mini_jax.data.packing import Grouped, SampleSize, pack_rows, record_sizes
+from llava_mini_jax.data.packing import Grouped, pack_rows
 from llava_mini_jax.data.pipeline import device_batches
 from llava_mini_jax.data.rows import RowShape
+from llava_mini_jax.data.sizes import SampleSize, record_sizes
 from llava_mini_jax.sharding import batch_sharding, make_mesh
 from llava_mini_jax.train.loss import next_token_loss
 from llava_mini_jax.types import Batch

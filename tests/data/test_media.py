@@ -21,7 +21,7 @@ from llava_mini_jax.data.video import FrameSampler
 from llava_mini_jax.experiment import DataConfig
 
 pytest.importorskip('av')
-from test_video import clip, number, numbered  # noqa: E402
+from video_clips import clip, number, numbered  # noqa: E402
 
 TINY = LlavaMiniConfig.preset('tiny')
 MODEL = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, image_size=32, patch_size=8))

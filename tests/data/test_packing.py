@@ -20,9 +20,10 @@ from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.images import ImageProcessor
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.mixture import Epochs, Mixture, parse
-from llava_mini_jax.data.packing import Packed, SampleSize, pack_rows, plan, record_sizes
+from llava_mini_jax.data.packing import Packed, pack_rows, plan
 from llava_mini_jax.data.records import open_split, write
 from llava_mini_jax.data.rows import RowShape, build_row
+from llava_mini_jax.data.sizes import SampleSize, record_sizes
 from llava_mini_jax.data.video import FrameSampler
 from llava_mini_jax.train.loss import next_token_loss
 from llava_mini_jax.types import IMAGE_TOKEN_ID as IMG
