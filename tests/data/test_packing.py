@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import itertools
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from small_model import lay_out, quick_jit, random_params, random_sample, small_config, with_params
 from test_pipeline import MODEL, RECORDS, ROW, TOKENIZER, assert_equal, interleave, iterate, take
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.augment import Augment
 from llava_mini_jax.data.errors import DataError
-from llava_mini_jax.data.images import ImageProcessor
-from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.mixture import Epochs, Mixture, parse
 from llava_mini_jax.data.packing import Packed, pack_rows, plan
-from llava_mini_jax.data.records import open_split, write
+from llava_mini_jax.data.records import write
 from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.data.sizes import SampleSize, record_sizes
-from llava_mini_jax.data.video import FrameSampler
 from llava_mini_jax.train.loss import next_token_loss
 from llava_mini_jax.types import IMAGE_TOKEN_ID as IMG
 from llava_mini_jax.types import Batch
@@ -214,70 +209,6 @@ SIZES = record_sizes(RECORDS, SIZE_OF)
 WIDE = RowShape.for_model(MODEL, length=240, visuals=4, fused_text=96)
 ORDER = Packed(RECORDS, SIZES, WIDE, seed=3)
 RANDOM = dict(augment=Augment(flip=0.5, shift=4))
-
-
-@pytest.mark.parametrize('text_only', ['skip', 'zero_image'])
-@pytest.mark.parametrize('system', [None, '', 'be brief'])
-def test_sizes_are_those_of_the_rows(text_only, system):
-  model = dataclasses.replace(MODEL, text_only=text_only)
-  sizes = record_sizes(RECORDS, dataclasses.replace(SIZE_OF, model=model, system=system))
-  assert sizes.dtype == np.int32
-  (batch,) = take(iterate(batch_size=21, shuffle=False, model=model, system=system), 1)
-  np.testing.assert_array_equal(sizes[:, 0], batch['segment_ids'].sum(axis=1))
-  np.testing.assert_array_equal(sizes[:, 1], batch['fuse_mask'].any(axis=2).sum(axis=1))
-
-
-def test_several_slots_for_each_visual():
-  sizes = record_sizes(RECORDS, dataclasses.replace(SIZE_OF, row=dataclasses.replace(ROW, tokens_per_visual=5)))
-  np.testing.assert_array_equal(sizes[:, 0], SIZES[:, 0] + 4 * SIZES[:, 1])
-
-
-def test_workers_find_the_same_sizes(tmp_path):
-  write(tmp_path / 'data', {'train': RECORDS}, description='for tests')
-  np.testing.assert_array_equal(record_sizes(open_split(tmp_path / 'data', 'train'), SIZE_OF, workers=2), SIZES)
-
-
-def moving(frames: int) -> bytes:
-  """A GIF of 5 frames a second."""
-  pictures = [Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)) for i in range(frames)]
-  out = io.BytesIO()
-  pictures[0].save(out, 'GIF', save_all=True, append_images=pictures[1:], duration=200)
-  return out.getvalue()
-
-
-@pytest.mark.parametrize(
-  ('sampler', 'frames'),
-  [
-    (FrameSampler(fps=2.5), 3),
-    (FrameSampler(fps=5, max_frames=4), 4),
-    (FrameSampler(count=4), 4),
-    (FrameSampler(count=4, rule='released'), 4),
-    (FrameSampler(count=9, rule='released'), 6),
-  ],
-)
-def test_videos_are_measured_as_they_are_laid_out(sampler, frames):
-  turns = [{'from': 'human', 'value': 'what <video> is <image>'}, {'from': 'gpt', 'value': 'this'}]
-  record = {'id': 'v', 'category': '', 'media': [moving(6), RECORDS[0]['media'][0]], 'conversations': turns}
-  shape = dataclasses.replace(ROW, visuals=8)
-  sizes = record_sizes([record], dataclasses.replace(SIZE_OF, row=shape, sampler=sampler))
-  assert sizes[0, 1] == frames + 1
-  (batch,) = take(iterate([record], row=shape, processor=MediaProcessor(ImageProcessor(16), sampler), batch_size=1), 1)
-  assert (batch['segment_ids'].sum(), (batch['slot_index'] < 96).sum()) == tuple(sizes[0])
-
-
-def test_a_damaged_video_is_named():
-  turns = [{'from': 'human', 'value': '<video>'}, {'from': 'gpt', 'value': 'this'}]
-  record = {'id': 'v', 'category': '', 'media': [b'no video'], 'conversations': turns}
-  with pytest.raises(DataError, match="^E_VIDEO_FORMAT: sample 'v': video: "):
-    SIZE_OF(record)
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_record_that_cannot_be_measured(workers):
-  with pytest.raises(DataError) as error:
-    record_sizes([*RECORDS[:3], {**RECORDS[3], 'media': []}], SIZE_OF, workers=workers)
-  expected = 'expected 0 <image> or <video> tag(s) for its media; found 1'
-  assert str(error.value) == f"E_IMAGE_TAGS: sample '3': {expected}"
 
 
 def alone(index: int, **options) -> dict[str, np.ndarray]:

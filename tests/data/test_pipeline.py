@@ -1,4 +1,4 @@
-"""What the pipeline hands out depends on seed and position alone; every resume goes on exactly; batches are right."""
+"""What the pipeline hands out depends on seed and position alone; every resume goes on exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,11 +19,10 @@ from llava_mini_jax.data.conversation import encode, load_template
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.images import ImageProcessor, load_image
 from llava_mini_jax.data.media import MediaProcessor
-from llava_mini_jax.data.pipeline import device_batches, make_iterator
+from llava_mini_jax.data.pipeline import make_iterator
 from llava_mini_jax.data.records import open_split, write
 from llava_mini_jax.data.rows import RowShape
 from llava_mini_jax.data.tokenizer import train_tokenizer
-from llava_mini_jax.sharding import batch_sharding, make_mesh
 from llava_mini_jax.types import Batch
 
 COUNT = 21
@@ -308,54 +306,3 @@ def test_text_only_with_a_zero_image():
 def test_the_system_text_is_replaced():
   (batch,) = take(iterate([RECORDS[0]], batch_size=1, system='be brief'), 1)
   assert questions(batch)[0].startswith('<|im_start|>system\nbe brief<|im_end|>\n')
-
-
-@pytest.fixture
-def sharding():
-  return batch_sharding(make_mesh())
-
-
-def to_numpy(batch: Batch) -> dict[str, np.ndarray]:
-  fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-  return {name: np.asarray(value) for name, value in fields.items() if value is not None}
-
-
-def test_device_batches_are_the_batches(sharding):
-  expected = take(iterate(batch_size=8, num_epochs=2, **RANDOM))
-  batches = list(device_batches(iterate(batch_size=8, num_epochs=2, **RANDOM), sharding))
-  assert_equal([to_numpy(batch) for batch in batches], expected)
-  assert isinstance(batches[0].tokens, jax.Array)
-  assert batches[0].pixels.sharding.is_equivalent_to(sharding, 6)
-
-
-@pytest.mark.parametrize('ahead', [0, 2, 50])
-def test_the_state_is_that_of_the_batch_handed_out(sharding, ahead):
-  expected = take(iterate(batch_size=8, num_epochs=2, **RANDOM))
-  batches = device_batches(iterate(batch_size=8, num_epochs=2, **RANDOM), sharding, ahead=ahead)
-  assert batches.get_state() == {'global_next_index': 0}
-  for n, _ in enumerate(batches, start=1):
-    assert batches.get_state() == {'global_next_index': 8 * n}
-    resumed = device_batches(iterate(batch_size=8, num_epochs=2, **RANDOM), sharding, ahead=ahead)
-    next(resumed)
-    resumed.set_state(batches.get_state())
-    assert_equal([to_numpy(batch) for batch in resumed], expected[n:])
-  assert n == len(expected)
-
-
-def test_an_error_ahead_waits_for_its_turn(sharding):
-  bad = [*RECORDS[:20], {**RECORDS[19], 'id': '20', 'media': [b'no image']}]
-  batches = device_batches(iterate(bad, batch_size=8, shuffle=False), sharding, ahead=9)
-  next(batches), next(batches)
-  for _ in range(2):
-    with pytest.raises(DataError, match="^E_IMG_FORMAT: sample '20': image 0: "):
-      next(batches)
-  assert batches.get_state() == {'global_next_index': 16}
-
-
-def test_closed_batches(sharding):
-  batches = device_batches(iterate(batch_size=8), sharding)
-  next(batches)
-  batches.close()
-  batches.close()
-  with pytest.raises(RuntimeError, match='^the batches were closed$'):
-    next(batches)

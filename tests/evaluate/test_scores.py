@@ -1,0 +1,53 @@
+"""Exact match, by category, and a contact sheet of many images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_mini_jax.evaluate.contact_sheet import contact_sheet
+from llava_mini_jax.evaluate.exact_match import accuracy, is_match
+
+
+@pytest.mark.parametrize(
+  ('answer', 'truth', 'equal'),
+  [
+    ('red', 'red', True),
+    (' Red\n', 'rED', True),
+    ('red', 'blue', False),
+    ('red', 'red.', False),
+    ('dark red', 'red', False),
+    ('', '', True),
+    ('', 'red', False),
+  ],
+)
+def test_exact_match(answer, truth, equal):
+  assert is_match(answer, truth) is equal
+
+
+def test_accuracy_by_category():
+  rows = [dict(category=c, correct=r) for c, r in (('b', True), ('a', False), ('b', False), ('', True), ('b', True))]
+  found = accuracy(rows)
+  assert found == {
+    'accuracy': 3 / 5,
+    'count': 5,
+    'by_category': {
+      'a': {'accuracy': 0.0, 'count': 1},
+      'b': {'accuracy': 2 / 3, 'count': 3},
+      'uncategorised': {'accuracy': 1.0, 'count': 1},
+    },
+  }
+  assert list(found['by_category']) == ['a', 'b', 'uncategorised']
+  assert accuracy([]) == {'accuracy': 0.0, 'count': 0, 'by_category': {}}
+
+
+def test_a_contact_sheet_with_more_images_than_a_row_holds(tmp_path):
+  rows = [dict(question='what ' * 20, answer='', truth='red', correct=False)] * 5
+  images = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(5)]
+  contact_sheet(images, rows, tmp_path / 'sheet.png', title='five', columns=2)
+  with Image.open(tmp_path / 'sheet.png') as image:
+    tall = image.size
+  contact_sheet(images[:2], rows[:2], tmp_path / 'sheet.png', title='two', columns=2)
+  with Image.open(tmp_path / 'sheet.png') as image:
+    assert tall[0] == image.size[0] and tall[1] > 2 * image.size[1]
