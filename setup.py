@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 VIDEO = ['av>=18.1']
 TEST = [
   *VIDEO,
+  # its compiler, which needs no TPU; there is no wheel for other platforms
+  'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86_64"',
   'pytest>=8.0',
   'pytest-xdist>=3.6',
   'ruff>=0.15,<0.18',  # another version may format otherwise

@@ -13,14 +13,13 @@ Needs `pip install -e '.[tpu]'`, no TPU. docs/preflight.md says how far the pred
 import json
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from llava_mini_jax.analyze.preflight import Preflight, preflight
 from llava_mini_jax.analyze.preflight_report import compare, describe, to_json
 from llava_mini_jax.analyze.programs import STEPS, make_program
-from llava_mini_jax.analyze.topologies import parse_options, topology
+from llava_mini_jax.analyze.topologies import Topology, parse_options, start_without_devices, topology
 from llava_mini_jax.cli import launch
 from llava_mini_jax.experiment import Experiment
 
@@ -45,8 +44,7 @@ _HLO = flags.DEFINE_string('hlo', None, "Write the compiled program's text here.
 flags.mark_flags_as_required(['config'])
 
 
-def _report(config: flags.FlagHolder, where: str, mesh: list[str] | None) -> tuple[Preflight, str]:
-  place = topology(where)
+def _report(config: flags.FlagHolder, place: Topology, mesh: list[str] | None) -> tuple[Preflight, str]:
   program = make_program(
     Experiment.from_dict(config.value),
     place,
@@ -63,25 +61,24 @@ def _report(config: flags.FlagHolder, where: str, mesh: list[str] | None) -> tup
 
 
 def main(_) -> None:
-  jax.config.update('jax_platforms', 'cpu')
-  report, text = _report(_CONFIG, _TOPOLOGY.value, _MESH.value)
-  reports = [report]
-  if _HLO.value:
-    Path(_HLO.value).write_text(text)
+  cases = [(_CONFIG, topology(_TOPOLOGY.value), _MESH.value)]
   if _AGAINST.value or _AGAINST_TOPOLOGY.value or _AGAINST_MESH.value:
-    second = _AGAINST if _AGAINST.value else _CONFIG
     where, mesh = _AGAINST_TOPOLOGY.value or _TOPOLOGY.value, _AGAINST_MESH.value or _MESH.value
-    reports.append(_report(second, where, mesh)[0])
-  values = [to_json(r, _TOP.value) for r in reports]
+    cases.append((_AGAINST if _AGAINST.value else _CONFIG, topology(where), mesh))
+  start_without_devices([place for _, place, _ in cases])
+  reports, texts = zip(*(_report(*case) for case in cases), strict=True)
+  values = [to_json(report, _TOP.value) for report in reports]
   encoded = json.dumps(values[0] if len(values) == 1 else values, indent=2)
+  if _HLO.value:
+    Path(_HLO.value).write_text(texts[0])
   if _JSON.value == '-':
     print(encoded)
     return
   if _JSON.value:
     Path(_JSON.value).write_text(encoded + '\n')
-  print('\n\n'.join(describe(r, _TOP.value) for r in reports))
-  if len(reports) == 2:
-    print('\n' + compare(*reports))
+  print('\n\n'.join(describe(report, _TOP.value) for report in reports))
+  if len(values) == 2:
+    print('\n' + compare(*values))
 
 
 if __name__ == '__main__':

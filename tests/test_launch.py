@@ -18,7 +18,7 @@ from tiny_run import COLORS, QUESTIONS, REPOSITORY, SAVE_EVERY, STEPS, command, 
 from llava_mini_jax.data import records
 from llava_mini_jax.infer.chat import HELP
 
-SCRIPTS = ('train', 'evaluate', 'chat', 'prepare_data', 'convert', 'benchmark', 'compile_tpu')
+SCRIPTS = ('train', 'evaluate', 'chat', 'prepare_data', 'convert', 'benchmark', 'compile_tpu', 'preflight_table')
 
 TRAIN = '--config=tests/tiny_run.py:{data}', '--workdir={tmp}/run'
 EVALUATE = '--workdir={run}', '--dataset={data}'

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -17,8 +18,10 @@ import jax
 
 from llava_mini_jax.analyze import hlo, jaxpr_flops
 from llava_mini_jax.analyze.programs import Program
-from llava_mini_jax.analyze.step_cost import StepCost, step_cost
-from llava_mini_jax.analyze.topologies import GIB, Topology
+from llava_mini_jax.analyze.step_cost import Collective, StepCost, step_cost
+from llava_mini_jax.analyze.topologies import GIB, Chip, Topology
+
+_UNTIMED = Chip(*[math.inf] * 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Preflight:
   hardware_flops: float  # with recomputation and padding
   kernel_flops: Mapping[str, float]  # of hardware_flops: in Pallas kernels, by name
   peak_flops: float | None  # of one device, per second
+  collectives: tuple[Collective, ...]  # on CPUs they take no time
   cost: StepCost | None  # None if it does not fit, or for a CPU
   note: str = ''
 
@@ -89,10 +93,10 @@ def preflight(
   try:
     compiled = program.lower(traced).compile(options or None)
   except jax.errors.JaxRuntimeError as error:
-    fits, used = False, _asked_for(str(error))
+    fits, used = False, _asked_for(str(error), sum(memory.values()))
     if used is None:
       raise
-    memory['temporaries and results'] = used - sum(memory.values())
+    memory['activations and gradients'] = used - sum(memory.values())
   else:
     found = compiled.memory_analysis()
     rest = found.argument_size_in_bytes - sum(memory.values())
@@ -104,7 +108,7 @@ def preflight(
     used = sum(memory.values())
     text = compiled.as_text()
     module = hlo.parse(text)
-    cost = step_cost(module, chip, counted.kernel_calls, kernel_efficiency) if chip else None
+    cost = step_cost(module, chip or _UNTIMED, counted.kernel_calls, kernel_efficiency)
   return Preflight(
     name=name,
     step=program.step,
@@ -125,7 +129,8 @@ def preflight(
     hardware_flops=counted.total,
     kernel_flops=dict(counted.kernels),
     peak_flops=chip.peak_flops if chip else None,
-    cost=cost,
+    collectives=cost.collectives if cost else (),
+    cost=cost if chip else None,
     note=chip.note if chip else '',
   ), text
 
@@ -153,22 +158,21 @@ def suggestion(report: Preflight) -> str:
 
 def _device_bytes(tree: Any) -> float:
   """Of one device, by the shardings of a tree of ShapeDtypeStructs."""
-  sizes = (leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+  sizes = (leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
   return float(sum(sizes))
 
 
-def _size(shape: tuple[int, ...]) -> int:
-  total = 1
-  for size in shape:
-    total *= size
-  return total
+def _asked_for(error: str, arguments: float) -> float | None:
+  """Bytes of HBM that a program would use, from the compiler's message; None if that is about something else.
 
-
-def _asked_for(error: str) -> float | None:
-  """Bytes of HBM that a program would use, from the compiler's message; None if that is about something else."""
+  Depending on how far it came, the compiler names all of it, or the temporaries besides the arguments.
+  """
   units = dict(K=2**10, M=2**20, G=2**30, T=2**40)
   found = re.search(r'Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm', error)
-  return float(found.group(1)) * units[found.group(2)] if found else None
+  if found:
+    return float(found.group(1)) * units[found.group(2)]
+  found = re.search(r'out of memory on HBM, .*HLO temporaries \(([\d.]+)([KMGT])\)', error)
+  return arguments + float(found.group(1)) * units[found.group(2)] if found else None
 
 
 def _versions(topology: Topology) -> dict[str, str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_mini_jax.analyze.hlo import Line
 from llava_mini_jax.analyze.preflight import Preflight, suggestion
-from llava_mini_jax.analyze.step_cost import Collective, InstructionCost
+from llava_mini_jax.analyze.step_cost import InstructionCost
 from llava_mini_jax.analyze.topologies import GIB
 
 _STATIONS = {
@@ -34,10 +34,8 @@ def describe(report: Preflight, top: int = 10) -> str:
   if report.options:
     lines.append('  options ' + ' '.join(f'{name}={value}' for name, value in report.options.items()))
   lines += [*_memory(report), *_flops(report)]
-  if report.cost:
+  if report.fits:
     lines += [*_time(report), *_collectives(report), *_instructions(report, top)]
-  elif report.fits:
-    lines.append('time: not predicted for CPUs')
   return '\n'.join(lines)
 
 
@@ -74,40 +72,38 @@ def figures(report: Preflight) -> dict[str, float]:
   )
 
 
-def compare(first: Preflight, second: Preflight) -> str:
-  """Two programs side by side, and the second's ratio to the first."""
-  rows: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
-    ('fits', *((float(r.fits)) for r in (first, second)), lambda x: 'yes' if x else 'NO'),
-    ('devices', first.devices, second.devices, '{:.0f}'.format),
-    ('rows', first.rows, second.rows, '{:.0f}'.format),
-    ('memory, GiB per device', first.used / GIB, second.used / GIB, '{:.2f}'.format),
-    ('model TFLOP per step', first.model_flops / 1e12, second.model_flops / 1e12, '{:.1f}'.format),
-    ('hardware TFLOP per step', first.hardware_flops / 1e12, second.hardware_flops / 1e12, '{:.1f}'.format),
-  ]
-  one, two = figures(first), figures(second)
-  shown = {
-    'seconds': ('predicted ms', 1e3),
-    'seconds_low': ('  full overlap, ms', 1e3),
-    'seconds_high': ('  no overlap, ms', 1e3),
-    'compute_seconds': ('computation, ms', 1e3),
-    'communication_seconds': ('communication, ms', 1e3),
-    'exposed_seconds': ('  exposed, ms', 1e3),
-    'mfu': ('MFU', 1.0),
-    'rows_per_second_per_device': ('rows/s per device', 1.0),
-  }
-  for key, (label, scale) in shown.items():
-    if one or two:
-      values = [found[key] * scale if found else None for found in (one, two)]
-      rows.append((label, *values, '{:.3f}'.format if scale == 1.0 else '{:.1f}'.format))
-  width = max(len(label) for label, *_ in rows)
-  heads = [f'{r.name} {r.step} {r.topology}' for r in (first, second)]
+_COMPARED = (  # label, key, scale, digits
+  ('devices', 'devices', 1, 0),
+  ('rows', 'rows', 1, 0),
+  ('memory, GiB per device', 'used', 1 / GIB, 2),
+  ('model TFLOP per step', 'model_flops', 1e-12, 1),
+  ('hardware TFLOP per step', 'hardware_flops', 1e-12, 1),
+  ('predicted ms', 'seconds', 1e3, 1),
+  ('  full overlap, ms', 'seconds_low', 1e3, 1),
+  ('  no overlap, ms', 'seconds_high', 1e3, 1),
+  ('computation, ms', 'compute_seconds', 1e3, 1),
+  ('communication, ms', 'communication_seconds', 1e3, 1),
+  ('  exposed, ms', 'exposed_seconds', 1e3, 1),
+  ('MFU', 'mfu', 1, 3),
+  ('rows/s per device', 'rows_per_second_per_device', 1, 3),
+)
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+  """Two reports (`to_json`) side by side, and the second's ratio to the first."""
+  heads = [f'{r["name"]} {r["step"]} {r["topology"]}' for r in (first, second)]
+  width = max(len(label) for label, *_ in _COMPARED)
   columns = [max(12, len(head)) for head in heads]
-  lines = [' ' * width + ''.join(f'  {head:>{size}}' for head, size in zip(heads, columns, strict=True)) + '   ratio']
-  for label, a, b, text in rows:
-    cells = ''.join(f'  {"-" if x is None else text(x):>{size}}' for x, size in zip((a, b), columns, strict=True))
-    ratio = f'  {b / a:6.3f}' if a and b and label not in ('fits', 'devices') else ''
-    lines.append(f'{label:<{width}}{cells}{ratio}')
-  if first.versions != second.versions:
+
+  def line(label: str, cells: Sequence[str], ratio: str) -> str:
+    return f'{label:<{width}}' + ''.join(f'  {c:>{n}}' for c, n in zip(cells, columns, strict=True)) + f'  {ratio:>6}'
+
+  lines = [line('', heads, 'ratio'), line('fits', ['yes' if r['fits'] else 'NO' for r in (first, second)], '')]
+  for label, key, scale, digits in _COMPARED:
+    a, b = (report.get(key) for report in (first, second))
+    cells = ['-' if value is None else f'{value * scale:.{digits}f}' for value in (a, b)]
+    lines.append(line(label, cells, f'{b / a:.3f}' if a and b else ''))
+  if first['versions'] != second['versions']:
     lines.append('the two were compiled by different versions: their ratio means little')
   return '\n'.join(lines)
 
@@ -132,14 +128,14 @@ def _short(line: Line) -> str:
 def _memory(report: Preflight) -> Sequence[str]:
   used = report.used / GIB
   if report.capacity is None:
-    head = f'memory: {used:.2f} GiB per device'
+    head = f'memory: {_size(report.used)} per device'
   else:
     capacity = report.capacity / GIB
     verdict = (
       f'fits, {capacity - used:.2f} GiB left' if report.fits else f'DOES NOT FIT, {used - capacity:.2f} GiB over'
     )
     head = f'memory: {verdict}; {used:.2f} of {capacity:.2f} GiB per device'
-  lines = [head, *_table({kind: f'{size / GIB:8.3f} GiB' for kind, size in report.memory.items() if size})]
+  lines = [head, *_table({kind: f'{_size(size):>11}' for kind, size in report.memory.items() if size})]
   if not report.fits:
     lines.append(f'  change: {suggestion(report)}')
   return lines
@@ -160,9 +156,11 @@ def _flops(report: Preflight) -> Sequence[str]:
 
 def _time(report: Preflight) -> Sequence[str]:
   cost = report.cost
+  if cost is None:
+    return ['time: not predicted for CPUs']
   span = f'{cost.seconds_low * 1e3:.4g} (full overlap) to {cost.seconds_high * 1e3:.4g} (none)'
   lines = [
-    f'predicted time: {cost.seconds * 1e3:.4g} ms, {span}',
+    f'predicted time: {_ms(cost.seconds)}, {span}',
     f'  MFU {report.mfu(cost.seconds):.3f} ({report.mfu(cost.seconds_high):.3f} to {report.mfu(cost.seconds_low):.3f})'
     f', HFU {report.hfu(cost.seconds):.3f}; {report.rows_per_second(cost.seconds):.4g} rows/s per device',
     f'  computation {cost.compute_seconds * 1e3:.4g} ms: products {cost.product_seconds * 1e3:.4g}, '
@@ -175,26 +173,35 @@ def _time(report: Preflight) -> Sequence[str]:
 
 
 def _collectives(report: Preflight) -> Sequence[str]:
-  def row(c: Collective) -> str:
-    hidden = c.seconds - c.exposed_seconds
-    return (
-      f'{c.count:5d} calls {c.bytes / 1e9:9.3f} GB {c.seconds * 1e3:9.2f} ms: '
-      f'{hidden * 1e3:.2f} overlapped, {c.exposed_seconds * 1e3:.2f} exposed'
-    )
-
-  if not report.cost.collectives:
+  if not report.collectives:
     return ['collectives: none']
-  rows = [(f'{c.kind}, {c.overlap}, over {c.group}', row(c)) for c in report.cost.collectives]
-  width = max(len(label) for label, _ in rows)
-  return ['collectives:', *(f'  {label:<{width}} {text}' for label, text in rows)]
+  lines = ['collectives:']
+  width = max(len(c.kind) + len(c.overlap) for c in report.collectives)
+  for c in report.collectives:
+    time = f': {_ms(c.seconds)}, {_ms(c.seconds - c.exposed_seconds)} overlapped, {_ms(c.exposed_seconds)} exposed'
+    lines.append(
+      f'  {c.kind + ", " + c.overlap:<{width + 2}} over {c.group:<3d} {c.count:5d} calls {_size(c.bytes):>11}'
+      + (time if report.cost else '')
+    )
+  return lines
 
 
 def _instructions(report: Preflight, top: int) -> Sequence[str]:
+  if report.cost is None:
+    return []
   lines = ['costliest instructions:']
   for i in report.cost.instructions[:top]:
     share = i.seconds / report.cost.compute_seconds
-    lines.append(f'  {i.seconds * 1e3:8.2f} ms {share:5.1%} ×{i.count:<4d} {i.kind:8} {i.name:24} {source_text(i)}')
+    lines.append(f'  {_ms(i.seconds):>10} {share:5.1%} ×{i.count:<4d} {i.kind:8} {i.name:24} {source_text(i)}')
   return lines
+
+
+def _size(size: float) -> str:
+  return f'{size / GIB:.3f} GiB' if size >= GIB / 10 else f'{size / 2**20:.3f} MiB'
+
+
+def _ms(seconds: float) -> str:
+  return f'{seconds * 1e3:.4g} ms'
 
 
 def _table(rows: Mapping[str, str]) -> list[str]:

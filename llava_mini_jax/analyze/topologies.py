@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 
 import jax
@@ -155,21 +156,24 @@ def _no_metadata_server():
 
 def topology(name: str) -> Topology:
   """`v5e-64`, `v5p:2x4x4`, `2xv5e-256` (two slices), `cpu-8`. Raises ConfigError naming what can be asked for."""
-  slices, _, rest = name.rpartition('xv') if name[:1].isdigit() else ('', '', name)
-  rest = f'v{rest}' if slices else rest
-  separator = ':' if ':' in rest else '-'
-  kind, _, size = rest.partition(separator)
-  if kind == 'cpu' and size.isdigit() and int(size):
+  found = re.fullmatch(rf'(?:([1-9]\d*)x)?({"|".join(SHAPES)}|cpu)([:-])(\d+(?:x\d+)*)', name)
+  slices, kind, separator, size = found.groups() if found else (None, '', '', '')
+  if kind == 'cpu' and not slices and size.isdigit() and int(size):
     return Topology(name, kind, (int(size),))
   table = SHAPES.get(kind, {})
-  if separator == '-' and size.isdigit():
-    size = table.get(int(size), '')
-  shape = tuple(int(part) for part in size.split('x')) if size and all(p.isdigit() for p in size.split('x')) else ()
-  dimensions = {value.count('x') + 1 for value in table.values()}
-  if not shape or len(shape) not in dimensions or not (slices or '1').isdigit():
+  shape = table.get(int(size), '') if separator == '-' and size.isdigit() else size if separator == ':' else ''
+  if not shape or shape.count('x') not in {usual.count('x') for usual in table.values()}:
     listed = ', '.join(f'{kind}-{"|".join(map(str, sizes))}' for kind, sizes in SHAPES.items())
     raise ConfigError(f'topology: expected one of {listed}, cpu-N, or a shape as v5e:4x8; found {name!r}')
-  return Topology(name, kind, shape, int(slices or 1))
+  return Topology(name, kind, tuple(map(int, shape.split('x'))), int(slices or 1))
+
+
+def start_without_devices(topologies: Sequence[Topology]) -> None:
+  """Keeps JAX on the CPU, with as many emulated devices as the topologies ask for; before anything is computed."""
+  jax.config.update('jax_platforms', 'cpu')
+  emulated = max((t.shape[0] for t in topologies if t.kind == 'cpu'), default=0)
+  if emulated and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', emulated)
 
 
 def parse_options(options: Sequence[str]) -> dict[str, bool | str]:

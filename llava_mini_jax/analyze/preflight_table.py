@@ -1,0 +1,170 @@
+"""The paper's recipe on pods: every model and stage on every topology, one compilation at a time.
+
+Cells are kept in a JSON file, so that a table that was interrupted goes on where it stopped. Leaves: a table in
+Markdown, and a picture. Samples are the paper's: 558K captions once, 665K instructions twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+
+from llava_mini_jax.analyze.topologies import GIB
+
+MODELS = ('vicuna_7b', 'llama31_8b', 'vicuna_13b')
+STAGES = ('stage2', 'stage1', 'stage2_hd', 'stage2_video')
+TOPOLOGIES = ('v5e-64', 'v6e-64', 'v5p-64')
+SAMPLES = dict(stage1=558_000, stage2=2 * 665_000)
+PAPER_HOURS = 48, 8  # hours, A100s
+_START, _END = '<!-- table -->', '<!-- end of table -->'
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  model: str
+  stage: str
+  topology: str
+
+  @property
+  def key(self) -> str:
+    return f'{self.model} {self.stage} {self.topology}'
+
+  @property
+  def command(self) -> list[str]:
+    config = f'configs/llava_mini_{self.model}.py:{self.stage}'
+    return ['launch/compile_tpu.py', f'--config={config}', f'--topology={self.topology}']
+
+
+def cells(models: Sequence[str], stages: Sequence[str], topologies: Sequence[str]) -> list[Cell]:
+  """In the order in which they are worth having."""
+  return [Cell(model, stage, where) for model in models for stage in stages for where in topologies]
+
+
+def fill(file: Path, wanted: Sequence[Cell], extra: Sequence[str] = ()) -> Iterator[tuple[Cell, str]]:
+  """Compiles the cells that a file lacks, each in a process of its own, and saves after each.
+
+  Args:
+    extra: further arguments of the command, for all cells.
+  Yields:
+    A cell, and 'kept', 'done' or what went wrong; one that went wrong is tried again next time.
+  """
+  for cell in wanted:
+    table = read(file)
+    if cell.key in table:
+      yield cell, 'kept'
+      continue
+    with tempfile.TemporaryDirectory() as directory:
+      report = Path(directory) / 'report.json'
+      program = [sys.executable, *cell.command, f'--json={report}', *extra]
+      done = subprocess.run(program, capture_output=True, text=True)
+      if done.returncode:
+        yield cell, (done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]
+        continue
+      found = json.loads(report.read_text())
+    table[cell.key] = {name: value for name, value in found.items() if name not in ('cost', 'collectives')}
+    file.write_text(json.dumps(table, indent=1) + '\n')
+    yield cell, 'done'
+
+
+def read(file: Path) -> dict[str, Any]:
+  return json.loads(file.read_text()) if file.exists() else {}
+
+
+def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
+  """A row per cell, and per model and topology the hours of both stages."""
+  compilers = sorted({', '.join(f'{n} {v}' for n, v in found['versions'].items()) for found in table.values()})
+  lines = [
+    f'Compiled with {"; ".join(compilers)}.',
+    '',
+    '| model | stage | chips | GiB per chip | predicted ms (full overlap to none) | MFU | rows/s per chip |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for key, found in _ordered(table):
+    memory = f'{found["used"] / GIB:.1f} of {found["capacity"] / GIB:.1f}'
+    if found['fits']:
+      span = f'{found["seconds"] * 1e3:.0f} ({found["seconds_low"] * 1e3:.0f} to {found["seconds_high"] * 1e3:.0f})'
+      rest = [span, f'{found["mfu"]:.3f}', f'{found["rows_per_second_per_device"]:.2f}']
+    else:
+      memory, rest = f'**{memory}**', [f'does not fit: {found["suggestion"]}', '', '']
+    lines.append(f'| {" | ".join([*key.split(), memory, *rest])} |')
+  lines += [
+    '',
+    '| model | chips | predicted hours, both stages (full overlap to none) | chip-hours |',
+    '|---|---|---|---|',
+  ]
+  for (model, where), spent in recipe_hours(table).items():
+    hours = [spent[name] for name in ('seconds', 'seconds_low', 'seconds_high')]
+    lines.append(
+      f'| {model} | {where} | {hours[0]:.1f} ({hours[1]:.1f} to {hours[2]:.1f}) | {spent["chip_hours"]:.0f} |'
+    )
+  hours, chips = PAPER_HOURS
+  lines.append(f'| the paper, 7B | {chips} A100 | {hours} | {hours * chips} |')
+  return '\n'.join(lines)
+
+
+def recipe_hours(table: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+  """Of both stages, by model and topology, where both have been compiled and fit: hours and chip-hours."""
+  found = {}
+  for model in MODELS:
+    for where in TOPOLOGIES:
+      stages = {stage: table.get(Cell(model, stage, where).key, {}) for stage in SAMPLES}
+      if not all(stage.get('fits') for stage in stages.values()):
+        continue
+      hours = {
+        name: sum(SAMPLES[stage] / of['rows'] * of[name] for stage, of in stages.items()) / 3600
+        for name in ('seconds', 'seconds_low', 'seconds_high')
+      }
+      devices = next(iter(stages.values()))['devices']
+      found[model, where] = hours | dict(chip_hours=hours['seconds'] * devices)
+  return found
+
+
+def insert(document: str, table: str) -> str:
+  """The document with the table between its two marks. Raises ValueError if it has none."""
+  before, start, rest = document.partition(_START)
+  _, end, after = rest.partition(_END)
+  if not (start and end):
+    raise ValueError(f'expected the marks {_START} and {_END} in the document; found none')
+  return f'{before}{start}\n\n{table}\n\n{end}{after}'
+
+
+def picture(table: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+  """Time of a step with its range, and memory beside what a chip has, by model and stage; a colour per topology."""
+  rows = [key for key, _ in _ordered(table)]
+  labels = list(dict.fromkeys(' '.join(key.split()[:2]) for key in rows))
+  places = [where for where in TOPOLOGIES if any(key.endswith(where) for key in rows)]
+  figure = matplotlib.figure.Figure(figsize=(11, 1.5 + 0.5 * len(labels)), layout='constrained')
+  time, memory = figure.subplots(1, 2, sharey=True)
+  height = 0.8 / len(places)
+  for i, where in enumerate(places):
+    shown = [(j, table[f'{label} {where}']) for j, label in enumerate(labels) if f'{label} {where}' in table]
+    at = [j + (i - (len(places) - 1) / 2) * height for j, _ in shown]
+    memory.barh(at, [f['used'] / GIB for _, f in shown], height, label=where, color=f'C{i}')
+    memory.plot([f['capacity'] / GIB for _, f in shown], at, '|', color='black', markersize=9)
+    fitting = [(y, f) for y, (_, f) in zip(at, shown, strict=True) if f['fits']]
+    seconds, low, high = ([f[name] for _, f in fitting] for name in ('seconds', 'seconds_low', 'seconds_high'))
+    reach = [[s - x for s, x in zip(seconds, low, strict=True)], [x - s for s, x in zip(seconds, high, strict=True)]]
+    error = dict(ecolor='0.3', capsize=2, elinewidth=1)
+    time.barh([y for y, _ in fitting], seconds, height, xerr=reach, error_kw=error, label=where, color=f'C{i}')
+  time.set_yticks(range(len(labels)), labels)
+  time.invert_yaxis()
+  time.set_xlabel('predicted seconds per step of 256 rows; range: full overlap to none')
+  memory.set_xlabel('GiB per chip; mark: what a chip has')
+  memory.set_xscale('log')
+  memory.legend(loc='lower right')
+  for axes in (time, memory):
+    axes.grid(axis='x', alpha=0.3)
+  figure.savefig(file, dpi=130)
+
+
+def _ordered(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+  order = [cell.key for cell in cells(MODELS, ('stage1', 'stage2', 'stage2_hd', 'stage2_video'), TOPOLOGIES)]
+  return [(key, table[key]) for key in order if key in table]
