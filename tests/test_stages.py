@@ -47,17 +47,24 @@ def prepare(name: str) -> tuple[str, ...]:
 
 
 # Each group needs what the one before it leaves; the commands of a group run side by side.
-STEPS = {
-  'start': ('convert', 'import', '--vision=clip', '--decoder=llama', '--prefusion_layers=1', '--to=runs/mine_start'),
-  'captions': prepare('captions'),
-  'instructions': prepare('instructions'),
-}, {'stage1': train('stage1')}, {'stage2': train('stage2')}, {
-  'evaluate': ('evaluate', '--workdir=runs/mine_stage2', '--dataset=data/llava_instructions', *FEW),
-  'chat': ('chat', '--checkpoint=runs/mine_stage2', *ASK),
-  'export': ('convert', 'export', '--from=runs/mine_stage2', '--to=out'),
-}, {'again': ('convert', 'import', '--from=out', '--to=runs/again')}, {
-  'chat again': ('chat', '--checkpoint=runs/again', *ASK),
-}  # fmt: skip
+TRAINING = (
+  {
+    'start': ('convert', 'import', '--vision=clip', '--decoder=llama', '--prefusion_layers=1', '--to=runs/mine_start'),
+    'captions': prepare('captions'),
+    'instructions': prepare('instructions'),
+  },
+  {'stage1': train('stage1')},
+  {'stage2': train('stage2')},
+)
+AFTERWARDS = (
+  {
+    'evaluate': ('evaluate', '--workdir=runs/mine_stage2', '--dataset=data/llava_instructions', *FEW),
+    'chat': ('chat', '--checkpoint=runs/mine_stage2', *ASK),
+    'export': ('convert', 'export', '--from=runs/mine_stage2', '--to=out'),
+  },
+  {'again': ('convert', 'import', '--from=out', '--to=runs/again')},
+  {'chat again': ('chat', '--checkpoint=runs/again', *ASK)},
+)
 
 
 @pytest.fixture(scope='module')
@@ -77,8 +84,7 @@ def place(tmp_path_factory) -> Path:
   return root
 
 
-@pytest.fixture(scope='module')
-def results(place) -> dict[str, dict]:
+def outcomes(place: Path, groups: tuple[dict, ...]) -> dict[str, dict]:
   """What came of every command, by name."""
   environment = {
     **os.environ,
@@ -86,29 +92,43 @@ def results(place) -> dict[str, dict]:
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '--xla_backend_optimization_level=0',
   }
-  cases = [[dict(script=step[0], arguments=step[1:], parse=False) for step in group.values()] for group in STEPS]
+  cases = [[dict(script=step[0], arguments=step[1:], parse=False) for step in group.values()] for group in groups]
   program = [sys.executable, '-c', PROGRAM]
   done = subprocess.run(program, cwd=place, env=environment, input=json.dumps(cases), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout)
-  return {
-    name: result for group, part in zip(STEPS, found, strict=True) for name, result in zip(group, part, strict=True)
-  }
+  names = [name for group in groups for name in group]
+  return dict(zip(names, (result for part in json.loads(done.stdout) for result in part), strict=True))
+
+
+@pytest.fixture(scope='module')
+def results(place) -> dict[str, dict]:
+  return outcomes(place, TRAINING)
+
+
+@pytest.fixture(scope='module')
+def later(place, results) -> dict[str, dict]:
+  return outcomes(place, AFTERWARDS)
+
+
+def parameters(place: Path, run: str) -> dict[str, np.ndarray]:
+  loaded = load_run(place / 'runs' / run, make_mesh((1, 1, 1), devices=jax.devices()[:1]))
+  return {path: np.asarray(leaf) for path, leaf in flatten(loaded.params).items()}
 
 
 @pytest.fixture(scope='module')
 def params(place, results) -> dict[str, dict[str, np.ndarray]]:
-  mesh = make_mesh((1, 1, 1), devices=jax.devices()[:1])
-  names = {'start': 'mine_start', 'stage1': 'mine_stage1', 'stage2': 'mine_stage2', 'again': 'again'}
-  return {
-    name: {path: np.asarray(leaf) for path, leaf in flatten(load_run(place / 'runs' / run, mesh).params).items()}
-    for name, run in names.items()
-  }
+  return {name: parameters(place, f'mine_{name}') for name in ('start', 'stage1', 'stage2')}
 
 
-@pytest.mark.parametrize('name', [name for group in STEPS for name in group])
+@pytest.mark.parametrize('name', [name for group in TRAINING for name in group])
 def test_every_command_ends_well(results, name):
   assert results[name]['status'] == 0, results[name]['stderr']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for group in AFTERWARDS for name in group])
+def test_every_later_command_ends_well(later, name):
+  assert later[name]['status'] == 0, later[name]['stderr']
 
 
 def changed(before: dict, after: dict) -> set[str]:
@@ -138,13 +158,16 @@ def test_every_step_is_logged(place, results, stage, steps):
   assert all(0 < row['loss'] < 20 and row['grad_norm'] > 0 for row in rows)
 
 
-def test_the_answers_are_scored(place, results):
+@pytest.mark.slow
+def test_the_answers_are_scored(place, later):
   found = json.loads((place / 'runs' / 'mine_stage2' / 'evaluation' / 'answers_real.json').read_text())
   assert [row['id'] for row in found['answers']] == list(COLORS) and found['summary']['count'] == len(COLORS)
-  assert results['evaluate']['stdout'].startswith('real     images   exact match ')
+  assert later['evaluate']['stdout'].startswith('real     images   exact match ')
 
 
-def test_the_way_out_and_in_again_changes_nothing(results, params):
-  assert params['again'].keys() == params['stage2'].keys()
-  assert changed(params['stage2'], params['again']) == set()
-  assert results['chat']['stdout'] == results['chat again']['stdout'] != ''
+@pytest.mark.slow
+def test_the_way_out_and_in_again_changes_nothing(place, later, params):
+  again = parameters(place, 'again')
+  assert again.keys() == params['stage2'].keys()
+  assert changed(params['stage2'], again) == set()
+  assert later['chat']['stdout'] == later['chat again']['stdout'] != ''
