@@ -52,6 +52,7 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
     'video': VIDEO,
+    'beam': ['apache-beam>=2.77', 'importlib_resources>=6.0'],  # the second is what TFDS's builders need besides
     'convert': ['sentencepiece>=0.2', 'torch>=2.6'],  # tokenizer.model and .bin files
     'test': TEST,
   },

@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data import easy_vqa, records
+from llava_mini_jax.data.beam_prepare import Source, write_splits
 from llava_mini_jax.data.conversation import MEDIA_TAG, special_tokens
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.records import Record
@@ -40,6 +41,7 @@ class _Split:
   file: str
   records: Iterator[Record]
   report: Report
+  source: Source | None = None  # where the records come from, if that is an annotation file
 
 
 def prepare(
@@ -53,6 +55,7 @@ def prepare(
   max_refused: float = 0.0,
   number_duplicates: bool = False,
   force: bool = False,
+  beam: Sequence[str] | None = None,
   progress: Progress = lambda iterable, split: iterable,
 ) -> dict[str, Any]:
   """Reads, checks and writes; see the module docstring.
@@ -68,7 +71,9 @@ def prepare(
       all samples of the file were looked at, so that one run shows everything there is to mend in it.
     number_duplicates: as `sources.read_llava`.
     force: replace an existing prepared dataset.
-    progress: wraps the records of a split, e.g. in a progress bar.
+    beam: options of an Apache Beam pipeline that does the work (`beam_prepare`), with the same result. None = this
+      process does it.
+    progress: without Beam, wraps the records of a split, e.g. in a progress bar.
   Returns:
     What `summary.json` holds: {'splits': {name: {'records': int, 'refused': int, 'source': str}}, 'refused': [{'code',
     'where', 'reason'}], 'tokenizer': {'size': int, 'sha256': str} or None}.
@@ -83,12 +88,15 @@ def prepare(
     raise ConfigError(f'max_refused: expected a share from 0 to 1; found {max_refused}')
   with records.staged(out, force=force) as directory:
     found = _open(files, splits, media_roots, reserved, number_duplicates)
-    iterators = {name: _checked(name, split, max_refused, progress) for name, split in found.items()}
     description = easy_vqa.DESCRIPTION if EASY_VQA in files else f'LLaVA-style samples of {", ".join(files)}'
-    counts = records.write_splits(directory, iterators, description=description)
+    if beam is None:
+      iterators = {name: _checked(name, split, max_refused, progress) for name, split in found.items()}
+      records.write_splits(directory, iterators, description=description)
+    else:
+      _write_on_beam(directory, found, beam, max_refused, description)
     summary = {
       'splits': {
-        name: {'records': counts[name], 'refused': len(split.report.refused), 'source': split.file}
+        name: {'records': split.report.kept, 'refused': len(split.report.refused), 'source': split.file}
         for name, split in found.items()
       },
       'refused': [
@@ -106,6 +114,14 @@ def prepare(
       summary['tokenizer'] = {'size': len(given), 'sha256': fingerprint(given)}
     (directory / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
   return summary
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+  """'I/N' -> (I, N). Raises ConfigError for anything else, and unless 0 <= I < N."""
+  index, slash, count = text.partition('/')
+  if not slash or not index.isdecimal() or not count.isdecimal() or int(index) >= int(count):
+    raise ConfigError(f'shard: expected I/N with I from 0 to N - 1; found {text!r}')
+  return int(index), int(count)
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -144,13 +160,29 @@ def _open(
   for file, name, root in zip(files, splits, roots * (len(files) // len(roots)), strict=True):
     report = Report()
     samples = read_llava(file, root, report, reserved=reserved, number_duplicates=number_duplicates)
-    found[name] = _Split(file, samples, report)
+    found[name] = _Split(file, samples, report, Source(file, root, tuple(reserved), number_duplicates))
   return found
 
 
 def _checked(name: str, split: _Split, max_refused: float, progress: Progress) -> Iterator[Record]:
   """Passes records on; at their end, raises E_REFUSED if too many were refused."""
   yield from progress(split.records, name)
+  _check_refused(split, max_refused)
+
+
+def _write_on_beam(
+  directory: Path, found: dict[str, _Split], options: Sequence[str], max_refused: float, description: str
+) -> None:
+  if EASY_VQA in (split.file for split in found.values()):
+    raise ConfigError(f'source: {EASY_VQA} is small and lies in a package; expected annotation files with Beam')
+  sources = {name: split.source for name, split in found.items()}
+  reports = write_splits(directory, sources, description=description, options=options)
+  for name, split in found.items():
+    split.report = reports[name]
+    _check_refused(split, max_refused)
+
+
+def _check_refused(split: _Split, max_refused: float) -> None:
   report = split.report
   refused = len(report.refused)
   if report.refused_share > max_refused:

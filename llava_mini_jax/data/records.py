@@ -31,14 +31,15 @@ from llava_mini_jax.data.errors import DataError
 
 Record = dict[str, Any]
 
-_NAME = 'llava_mini_jax'
+NAME = 'llava_mini_jax'  # of the TFDS dataset
 _SPLIT_NAME = re.compile(r'[A-Za-z0-9_]+')
 _KEYS = ('id', 'category', 'media', 'conversations/from', 'conversations/value')  # of a serialized record
 _CHUNK, _CHUNK_BYTES = 256, 64 * 2**20  # handed to the writer at once: it rewrites its metadata on each call
 MAX_MEDIA_BYTES = video.MAX_BYTES  # of a record
 
 
-def _features() -> tfds.features.FeaturesDict:
+def features() -> tfds.features.FeaturesDict:
+  """What TFDS stores of a record."""
   text = tfds.features.Text
   return tfds.features.FeaturesDict(
     {
@@ -114,14 +115,12 @@ def write_splits(
   directory: Path, splits: Mapping[str, Iterable[Record]], *, description: str, shard_size: int = 2048
 ) -> dict[str, int]:
   """`write`, straight into an existing directory: for a caller that stages more than the dataset."""
-  for name in splits:
-    if not _SPLIT_NAME.fullmatch(name) or name == 'all':
-      raise DataError('E_SPLIT_NAME', name, 'expected letters, digits and _, and not "all"')
+  check_split_names(splits)
   identity = tfds.core.DatasetIdentity(
-    name=_NAME, version=tfds.core.Version('1.0.0'), data_dir=os.fspath(directory), module_name=_NAME
+    name=NAME, version=tfds.core.Version('1.0.0'), data_dir=os.fspath(directory), module_name=NAME
   )
   metadata = tfds.core.MetadataDict({'sha256': {}})
-  info = tfds.core.DatasetInfo(builder=identity, features=_features(), description=description, metadata=metadata)
+  info = tfds.core.DatasetInfo(builder=identity, features=features(), description=description, metadata=metadata)
   writer = tfds.core.SequentialWriter(info, max_examples_per_shard=shard_size, file_format='array_record')
   writer.initialize_splits(list(splits))
   counts = {}
@@ -133,11 +132,35 @@ def write_splits(
       writer.add_examples({name: chunk})
       count += len(chunk)
     if not count:
-      raise DataError('E_EMPTY', f'split {name}', 'expected at least one record; found none')
+      raise empty_split(name)
     counts[name] = count
     metadata['sha256'][name] = digest.hexdigest()
   writer.close_all()
   return counts
+
+
+def check_split_names(names: Iterable[str]) -> None:
+  """Raises DataError E_SPLIT_NAME."""
+  for name in names:
+    if not _SPLIT_NAME.fullmatch(name) or name == 'all':
+      raise DataError('E_SPLIT_NAME', name, 'expected letters, digits and _, and not "all"')
+
+
+def empty_split(name: str) -> DataError:
+  return DataError('E_EMPTY', f'split {name}', 'expected at least one record; found none')
+
+
+def seal(directory: Path) -> None:
+  """Reads every record of a dataset that was written elsewhere, and adds the fingerprints that `Split` asks for."""
+  info = tfds.builder_from_directory(directory).info
+  digests = {}
+  for name in info.splits:
+    split, digest = Split(directory, name, sealed=False), hashlib.sha256()
+    for index in range(len(split)):
+      _update(digest, split[index])
+    digests[name] = digest.hexdigest()
+  metadata = tfds.core.MetadataDict({'sha256': digests})
+  metadata.save_metadata(directory)
 
 
 def _chunk(records: Iterator[Record]) -> list[Record]:
@@ -177,9 +200,10 @@ class Split:
     fingerprint: sha256 of the records, as they were written.
   """
 
-  def __init__(self, directory: str | os.PathLike, name: str):
+  def __init__(self, directory: str | os.PathLike, name: str, *, sealed: bool = True):
+    """Args: sealed: False = it has no fingerprint yet. Raises DataError as `open_split`."""
     self.directory, self.name = Path(directory), name
-    builder = _open_builder(self.directory)
+    builder = _open_builder(self.directory, sealed)
     info = builder.info
     if name not in info.splits:
       raise DataError('E_NO_SPLIT', str(directory), f'expected one of {", ".join(sorted(info.splits))}; found {name!r}')
@@ -189,7 +213,7 @@ class Split:
       if not path.is_file():
         raise DataError('E_DATASET_CORRUPT', str(path), 'the file is missing')
     self._ends = list(itertools.accumulate(split.shard_lengths))
-    self.fingerprint = info.metadata['sha256'][name]
+    self.fingerprint = info.metadata['sha256'][name] if sealed else ''
     self._source = builder.as_data_source(name, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
   def __reduce__(self):
@@ -232,7 +256,7 @@ def open_split(directory: str | os.PathLike, split: str) -> Split:
   return Split(directory, split)
 
 
-def _open_builder(directory: Path) -> tfds.core.DatasetBuilder:
+def _open_builder(directory: Path, sealed: bool) -> tfds.core.DatasetBuilder:
   where = str(directory)
   if not directory.is_dir():
     raise DataError('E_NO_DATASET', where, 'no such directory; prepare it with launch/prepare_data.py')
@@ -241,7 +265,8 @@ def _open_builder(directory: Path) -> tfds.core.DatasetBuilder:
   try:
     builder = tfds.builder_from_directory(directory)
     info = builder.info
-    ours = set(info.features) == set(_features()) and set(info.metadata.get('sha256', ())) == set(info.splits)
+    digests = info.metadata.get('sha256', ()) if sealed else info.splits
+    ours = set(info.features) == set(features()) and set(digests) == set(info.splits)
   except Exception as error:  # TFDS raises whatever its JSON and protobuf parsers do
     raise DataError('E_DATASET_CORRUPT', where, f'the metadata cannot be read ({type(error).__name__})') from error
   if not ours:

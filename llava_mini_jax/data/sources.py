@@ -107,8 +107,13 @@ def _parse(text: str, where: str, first_line: int = 1) -> Any:
     raise DataError('E_JSON', f'{where}:{first_line}', f'cannot be parsed: {reason}') from None
 
 
-def _entries(file: Path, report: Report) -> Iterator[tuple[str, Any]]:
-  """Yields (place, parsed value) per sample: a place is `file: record n` or, for JSONL, `file:line`."""
+def entries(file: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+  """Yields (place, parsed value) per sample: a place is `file: record n` or, for JSONL, `file:line`.
+
+  The value of a line that is no JSON is the DataError that says so. Raises DataError: E_NO_SOURCE or E_JSON when the
+  file as a whole cannot be used.
+  """
+  file = Path(file)
   try:
     text = file.read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as error:
@@ -127,7 +132,7 @@ def _entries(file: Path, report: Report) -> Iterator[tuple[str, Any]]:
       try:
         yield f'{file}:{number}', _parse(line, str(file), number)
       except DataError as error:
-        report.refused.append(error)
+        yield f'{file}:{number}', error
 
 
 def _kind(value: Any) -> str:
@@ -158,23 +163,31 @@ def read_llava(
     DataError: E_NO_SOURCE or E_JSON when the file as a whole cannot be used.
   """
   seen: dict[str, str] = {}
-  for place, value in _entries(Path(file), report):
+  for place, value in entries(file):
     try:
-      record = _record(value, media_root, reserved, place)
-      name = record['id']
-      if name in seen:
-        if not number_duplicates:
-          raise DataError('E_DUPLICATE_ID', f'{place}: sample {name!r}', f'the id occurred first at {seen[name]}')
-        record['id'] = next(new for n in itertools.count(2) if (new := f'{name}#{n}') not in seen)
+      record = to_record(value, media_root, reserved, place)
+      record['id'] = claim_id(record['id'], place, seen, number_duplicates)
     except DataError as error:
       report.refused.append(error)
       continue
-    seen[record['id']] = place
     report.kept += 1
     yield record
 
 
-def _record(value: Any, media_root: str | os.PathLike | None, reserved: Sequence[str], place: str) -> Record:
+def claim_id(name: str, place: str, seen: dict[str, str], number_duplicates: bool) -> str:
+  """The id of a good sample, now in `seen` (id -> place). Raises DataError E_DUPLICATE_ID."""
+  if name in seen:
+    if not number_duplicates:
+      raise DataError('E_DUPLICATE_ID', f'{place}: sample {name!r}', f'the id occurred first at {seen[name]}')
+    name = next(new for n in itertools.count(2) if (new := f'{name}#{n}') not in seen)
+  seen[name] = place
+  return name
+
+
+def to_record(value: Any, media_root: str | os.PathLike | None, reserved: Sequence[str], place: str) -> Record:
+  """What `entries` yields -> a record, its media read and decoded once. Raises DataError."""
+  if isinstance(value, DataError):
+    raise value
   if not isinstance(value, dict):
     code = 'E_JSON' if isinstance(value, _NotAnObject) else 'E_FIELD'
     raise DataError(code, place, f'expected an object; found {_kind(value)}')
