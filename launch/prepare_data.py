@@ -2,13 +2,23 @@
 
 python launch/prepare_data.py --source=easy_vqa --out=data/easy_vqa
 python launch/prepare_data.py --source=train.json,val.jsonl --split=train,validation --media_root=images --out=data/mine
+python launch/prepare_data.py --features --config=configs/llava_mini_vicuna_7b.py:stage1 --out=data/features --shard=0/4
+python launch/prepare_data.py --source=train.json --media_root=images --out=data/mine --beam=--runner=DirectRunner
+The third runs a config's frozen vision tower (that of train.init_from) over its dataset; --config.data.features then
+names what it wrote. Killed, it goes on when it is called again.
 """
 
+from pathlib import Path
+
 from absl import flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
 from llava_mini_jax.cli import launch
-from llava_mini_jax.data.prepare import describe, prepare
+from llava_mini_jax.data.features import DTYPES
+from llava_mini_jax.data.prepare import describe, parse_shard, prepare
+from llava_mini_jax.experiment import Experiment
+from llava_mini_jax.train.features import write_features
 
 _SOURCE = flags.DEFINE_list('source', None, 'easy_vqa, or LLaVA-style .json/.jsonl files.')
 _SPLIT = flags.DEFINE_list('split', ['train'], 'The split that each source file becomes.')
@@ -27,10 +37,40 @@ _NUMBER_DUPLICATES = flags.DEFINE_bool(
   'number_duplicates', False, 'Keep samples with an id that occurred before, as ID#2, ID#3, ...'
 )
 _FORCE = flags.DEFINE_bool('force', False, 'Replace the prepared dataset in --out.')
-flags.mark_flags_as_required(['source', 'out'])
+_BEAM = flags.DEFINE_multi_string('beam', None, 'An option of Apache Beam, which then does the work; may be repeated.')
+_FEATURES = flags.DEFINE_bool('features', False, "Instead: write what a config's vision tower makes of its dataset.")
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Features: experiment, FILE.py or FILE.py:arguments.')
+_SHARD = flags.DEFINE_string('shard', '0/1', 'Features: I/N, this process of N that share the work.')
+_DTYPE = flags.DEFINE_enum('features_dtype', 'bfloat16', DTYPES, 'Features: dtype stored.')
+_BATCH = flags.DEFINE_integer('batch_size', 64, 'Features: images or frames at a time.', lower_bound=1)
+_THREADS = flags.DEFINE_integer('threads', 4, 'Features: threads that decode images.', lower_bound=1)
+flags.mark_flag_as_required('out')
+flags.register_multi_flags_validator(
+  ['source', 'features', 'config'],
+  lambda given: bool(given['features']) == bool(given['config']) != bool(given['source']),
+  message='expected --source, or --features with --config',
+)
+
+
+def features() -> None:
+  shard_index, shard_count = parse_shard(_SHARD.value)
+  count = write_features(
+    Experiment.from_dict(_CONFIG.value),
+    Path(_OUT.value),
+    dtype=_DTYPE.value,
+    batch_size=_BATCH.value,
+    shard_index=shard_index,
+    shard_count=shard_count,
+    threads=_THREADS.value,
+    report=lambda line: print(line, flush=True),
+    progress=lambda split, records: tqdm(total=records, desc=split.name, unit=' records').update,
+  )
+  print(f'{count:,} images and frames encoded; written to {_OUT.value}')
 
 
 def main(_) -> None:
+  if _FEATURES.value:
+    return features()
   summary = prepare(
     _SOURCE.value,
     _OUT.value,
@@ -41,6 +81,7 @@ def main(_) -> None:
     max_refused=_MAX_REFUSED.value,
     number_duplicates=_NUMBER_DUPLICATES.value,
     force=_FORCE.value,
+    beam=_BEAM.value,
     progress=lambda records, split: tqdm(records, desc=split, unit=' records'),
   )
   print(describe(summary))

@@ -48,6 +48,7 @@ class DataConfig:
   flip: float = 0.0  # probability of a horizontal flip
   shift: int = 0  # most pixels of a random shift that keeps the content inside
   workers: int = 0  # data worker processes
+  features: str = ''  # directory written by prepare_data.py --features: the frozen tower's output is read, not computed
 
   def __post_init__(self):
     require_choice('DataConfig.aspect', self.aspect, ('pad', 'crop'))
@@ -67,6 +68,8 @@ class DataConfig:
       raise ConfigError('DataConfig: expected at most one of truncate and side_by_side; found both')
     if self.mixture and self.dataset:
       raise ConfigError('DataConfig: expected at most one of dataset and mixture; found both')
+    if self.features and (self.flip or self.shift):
+      raise ConfigError('DataConfig.features: expected no flip and no shift with features; found one')
     if not 0 <= self.flip <= 1:
       raise ConfigError(f'DataConfig.flip: expected a probability; found {self.flip}')
 

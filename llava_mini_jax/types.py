@@ -38,6 +38,9 @@ class Batch:
   # int32[B L]; 0 = seen by all that follows in its segment; k > 0 = the segment's k-th continuation, which sees what is
   # 0 and itself (positions continue from there). None = no row has continuations, known when compiling.
   branch_ids: Array | None = None
+  # [B M V P W]; what the vision tower makes of the pixels, computed before. The tower is skipped, and `pixels` are
+  # [B M V 0 0 3].
+  features: Array | None = None
 
 
 @_pytree

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,12 @@ def load_parameters(
 
 
 def starting_parameters(
-  workdir: Path, model: LlavaMiniConfig, mesh: Mesh, step: int | None = None
+  workdir: Path,
+  model: LlavaMiniConfig,
+  mesh: Mesh,
+  step: int | None = None,
+  *,
+  modules: Collection[str] = MODULES,
 ) -> dict[str, jax.Array]:
   """What training of `model` starts from, by path: every parameter of the modules that the run in `workdir` has too.
 
@@ -129,6 +134,8 @@ def starting_parameters(
   not have is copied from its decoder if `model.prefusion.init` says so; other modules that it does not have are left
   out, to stay as they are initialised. Optimizer and step are not read.
 
+  Args:
+    modules: those of the model that are wanted.
   Raises:
     CheckpointError: fields of a shared module that would make it compute something else, and its parameters that are
       missing, unexpected or misshaped; lists all of them.
@@ -136,12 +143,13 @@ def starting_parameters(
   stored = parameter_shapes(source := read_experiment(workdir, step).model)
   with use_mesh(mesh):
     where = flatten(nnx.to_pure_dict(nnx.get_named_sharding(abstract_model(model)[1], mesh)))
-  wanted, modules = parameter_shapes(model), _modules(stored)
-  origin = {path: path for path in wanted if path.split('/')[0] in modules}
-  if _copies_prefusion(model, modules):
+  wanted = {path: shape for path, shape in parameter_shapes(model).items() if path.split('/')[0] in modules}
+  there = _modules(stored)
+  origin = {path: path for path in wanted if path.split('/')[0] in there}
+  if _copies_prefusion(model, there):
     copies = [path for path in wanted if path.startswith('prefusion/')]
     origin |= {path: path.replace('prefusion/', 'decoder/', 1) for path in copies}
-  faults = _differences(source, model, modules & _modules(wanted))
+  faults = _differences(source, model, there & _modules(wanted))
   faults += _misfits({path: wanted[path] for path in origin}, origin, stored)
   if faults:
     raise CheckpointError(f'{workdir} does not fit this model:\n  ' + '\n  '.join(faults))

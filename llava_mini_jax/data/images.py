@@ -31,6 +31,7 @@ MAX_PIXELS = 40_000_000  # of an image, looked up before it is decoded
 MAX_SIDE = 20_000  # padding makes work of long side² (2 s for 1280x20000)
 MAX_ASPECT = 200  # long side : short side
 PAD_COLOR = tuple(int(255 * mean) for mean in IMAGE_MEAN)  # (122, 116, 104)
+MEAN_COLOR = np.rint(255 * np.asarray(IMAGE_MEAN)).astype(np.uint8)  # what the vision tower reads as zero
 
 _LIMITS = f'{MAX_PIXELS} pixels and {MAX_SIDE} a side'
 _STRIP_PIXELS = 2**22  # most pixels of padded image held at once

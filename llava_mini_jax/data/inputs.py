@@ -12,6 +12,7 @@ import transformers
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
 from llava_mini_jax.data.conversation import end_of_turn, load_template
+from llava_mini_jax.data.features import Features, MixedFeatures, open_features
 from llava_mini_jax.data.images import ImageProcessor
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.mixture import Epochs, Mixture, Shuffled, parse
@@ -35,6 +36,7 @@ class Inputs:
   tokenizer: transformers.PreTrainedTokenizerFast
   processor: MediaProcessor
   row: RowShape
+  features: Features | MixedFeatures | None = None
 
   def order(self, *, batch_size: int, seed: int, kept: Path | None = None) -> Order | None:
     """What each epoch visits; None = every record once, shuffled.
@@ -86,6 +88,7 @@ class Inputs:
       side_by_side=config.side_by_side,
       truncate=config.truncate,
       order=order,
+      features=self.features,
     )
 
   @property
@@ -115,7 +118,7 @@ def load_inputs(config: DataConfig, model: LlavaMiniConfig, *, seed: int = 0, st
   Args:
     seed: of what a mixture samples. start: the run whose tokenizer serves if the config names none.
 
-  Raises DataError if dataset, split or tokenizer is missing or damaged, ConfigError if they do not fit together."""
+  Raises DataError if dataset, split, features or tokenizer is missing or damaged, ConfigError if they do not fit."""
   if config.row_length > model.decoder.max_position_embeddings:
     limit = f'decoder.max_position_embeddings={model.decoder.max_position_embeddings}'
     raise ConfigError(f'data.row_length: expected at most {limit}; found {config.row_length}')
@@ -130,4 +133,5 @@ def load_inputs(config: DataConfig, model: LlavaMiniConfig, *, seed: int = 0, st
     fused_text=config.fused_text or None,
     views=processor.images.views,
   )
-  return Inputs(config, model, source, tokenizer, processor, row)
+  features = open_features(config.features, source, config, model) if config.features else None
+  return Inputs(config, model, source, tokenizer, processor, row, features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,15 @@ class MediaProcessor:
 
     Raises DataError as `images.load_image` and `video.read_frames`.
     """
+    return list(self.stream(source, tag, where))
+
+  def stream(self, source: bytes | Path, tag: str, where: str) -> Iterator[np.ndarray]:
+    """`read`, one at a time: memory does not grow with the length of a video."""
     if tag != VIDEO_TAG:
-      return [np.asarray(load_image(source, where))]
-    frames = read_frames(source, self.sampler, where)
-    return [squash(frame, self.images.size) if self.frame_resize == 'squash' else frame for frame in frames]
+      yield np.asarray(load_image(source, where))
+      return
+    for frame in read_frames(source, self.sampler, where):
+      yield squash(frame, self.images.size) if self.frame_resize == 'squash' else frame
 
   def read_record(self, turns: Iterable[Turn], media: Sequence[bytes | Path], where: str) -> list[list[np.ndarray]]:
     """`read` for every tag of a conversation. Raises DataError E_IMAGE_TAGS too, if there is not a tag for each."""

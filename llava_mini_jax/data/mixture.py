@@ -162,15 +162,22 @@ class Mixture:
 
   def __getitem__(self, index: int) -> Record:
     """Record `index`, its id led by the name of its part. Raises IndexError past the end, DataError as `Split`."""
-    index = index.__index__()
+    i, of_part = self.locate(index.__index__())
+    record = self.split(i)[of_part]
+    return {**record, 'id': f'{self.parts[i].name}:{record["id"]}'}
+
+  def locate(self, index: int) -> tuple[int, int]:
+    """Of which part record `index` is, and which record of its split. Raises IndexError past the end."""
     if not 0 <= index < len(self):
       raise IndexError(f'record {index} of {len(self)}')
     i = bisect.bisect_right(self._ends, index)
-    part = self.parts[i]
+    return i, int(self._kept[i][index - self._ends[i] + self.counts[i]])
+
+  def split(self, i: int) -> Split:
+    """The whole split that part i keeps some of."""
     if i not in self._open:
-      self._open[i] = open_split(part.directory, part.split)
-    record = self._open[i][int(self._kept[i][index - self._ends[i] + self.counts[i]])]
-    return {**record, 'id': f'{part.name}:{record["id"]}'}
+      self._open[i] = open_split(self.parts[i].directory, self.parts[i].split)
+    return self._open[i]
 
   def draw(self, epoch: int) -> np.ndarray:
     """The samples of an epoch: indices int64[per_epoch], part by part.

@@ -22,6 +22,7 @@ from llava_mini_jax.data.rows import RowShape
 Row = dict[str, np.ndarray]
 
 _BY_TOKEN = ('tokens', 'targets', 'loss_mask', 'positions')
+_BY_VISUAL = {'pixels', 'features'}
 
 
 def plan(sizes: np.ndarray, capacity: tuple[int, int], *key: int | str, window: int = 512) -> list[tuple[int, ...]]:
@@ -185,8 +186,8 @@ def pack_rows(rows: Sequence[Row], shape: RowShape) -> Row:
   """Joins rows into one: tokens, positions and pixels as they are, one after the other; every index moves along.
 
   Args:
-    rows: at least one, from `rows.build_row`, with or without pixels [M V H W 3] and branch_ids; of any length. They
-      may be packed themselves.
+    rows: at least one, from `rows.build_row`, with or without pixels [M V H W 3], features [M V P W] and branch_ids; of
+      any length. They may be packed themselves.
     shape: of the result.
   Returns:
     The fields of the rows; branch_ids if one of them has it.
@@ -213,8 +214,8 @@ def pack_rows(rows: Sequence[Row], shape: RowShape) -> Row:
     packed['segment_ids'][at] = row['segment_ids'][:length] + segments
     if 'branch_ids' in row:
       packed['branch_ids'][at] = row['branch_ids'][:length]
-    if 'pixels' in row:
-      packed['pixels'][to] = row['pixels'][:count]
+    for name in _BY_VISUAL & row.keys():
+      packed[name][to] = row[name][:count]
     for name in ('fuse_index', 'slot_index'):
       index = row[name][:count, : packed[name].shape[1]]
       packed[name][to, : index.shape[1]] = np.where(index < len(row['tokens']), index + start, shape.length)
@@ -234,8 +235,8 @@ def _empty(rows: Sequence[Row], shape: RowShape) -> Row:
   packed = {name: np.zeros(shape.length, like[name].dtype) for name in (*_BY_TOKEN, 'segment_ids')}
   packed['fuse_index'] = np.full((shape.visuals, shape.fused_text), shape.length, np.int32)
   packed['slot_index'] = np.full((shape.visuals, shape.tokens_per_visual), shape.length, np.int32)
-  if 'pixels' in like:
-    packed['pixels'] = np.zeros((shape.visuals, *like['pixels'].shape[1:]), like['pixels'].dtype)
+  for name in _BY_VISUAL & like.keys():
+    packed[name] = np.zeros((shape.visuals, *like[name].shape[1:]), like[name].dtype)
   if any('branch_ids' in row for row in rows):
     packed['branch_ids'] = np.zeros(shape.length, np.int32)
   return packed

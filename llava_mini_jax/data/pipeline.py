@@ -21,6 +21,7 @@ from absl import flags
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
 from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.features import Features, MixedFeatures
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.mixture import Epochs, Mixture, Shuffled
 from llava_mini_jax.data.packing import FittedRows, Grouped, Packed, PackedRows
@@ -50,6 +51,7 @@ def make_iterator(
   side_by_side: bool = False,
   truncate: bool = False,
   order: Callable[[int], Sequence] | None = None,
+  features: Features | MixedFeatures | None = None,
 ) -> grain.experimental.ElasticIterator:
   """This process's share of the batches, as dicts of the fields of `types.Batch`.
 
@@ -72,6 +74,7 @@ def make_iterator(
     truncate: leave off what of a sample does not fit at its end (`rows.cut`), instead of refusing it.
     order: instead of `shuffle`, what each epoch visits: a `packing.Grouped`, whose batches are of like samples, or a
       `packing.Packed`, whose rows hold several. None = every record once, or what a Mixture draws.
+    features: of the records, from `features.open_features`; images are then not decoded. Not with `augment`.
   Returns:
     An iterator whose `get_state()` is `{'global_next_index': rows handed out over all processes}`; `set_state`
     accepts it on any number of workers and processes.
@@ -87,11 +90,13 @@ def make_iterator(
     raise ConfigError(f'max_turns: expected at least 1; found {max_turns}')
   if not len(source):
     raise DataError('E_EMPTY', str(getattr(source, 'directory', 'source')), 'expected at least one record; found none')
+  if features is not None and augment is not None:
+    raise ConfigError('features: expected no augmentation, which they cannot follow; found one')
   _check_order(order, batch_size, row, model, max_turns is not None or side_by_side)
   if order is None and isinstance(source, Mixture):
     order = Shuffled(source, seed if shuffle else None)
   transform = RowTransform(
-    source, tokenizer, template, system, model, row, processor, augment, max_turns, side_by_side, truncate
+    source, tokenizer, template, system, model, row, processor, augment, max_turns, side_by_side, truncate, features
   )
   if isinstance(order, Packed):
     transform = PackedRows(transform, row)

@@ -15,11 +15,13 @@ from typing import Protocol
 import numpy as np
 import transformers
 
-from llava_mini_jax.config import IMAGE_MEAN, LlavaMiniConfig
+from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
 from llava_mini_jax.data.branches import one_question_each, share_prefix, tagged, taken_apart, without_tags
 from llava_mini_jax.data.conversation import Encoded, Turn, check_targets, encode, load_template, turns_from_llava
 from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.features import Features, MixedFeatures
+from llava_mini_jax.data.images import MEAN_COLOR
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.records import Record
 from llava_mini_jax.data.rows import RowShape, build_row, cut
@@ -27,7 +29,6 @@ from llava_mini_jax.types import IMAGE_TOKEN_ID
 
 CACHE_BYTES = 256 * 2**20  # of checked conversations and decoded images that a process keeps; the rest is read anew
 _TURN_BYTES = 400  # what a turn's Python objects weigh, roughly
-_MEAN_COLOR = np.rint(255 * np.asarray(IMAGE_MEAN)).astype(np.uint8)  # what the vision tower reads as zero
 
 
 class Source(Protocol):
@@ -44,7 +45,7 @@ class _Sample:
 
   where: str
   turns: list[Turn]
-  media: list[list[np.ndarray]]  # visuals of each tag: uint8[h w 3] if they are to be augmented, else uint8[V H W 3]
+  media: list[list[np.ndarray]]  # visuals of each tag: uint8[h w 3] to augment, uint8[V H W 3] or [V P W]
   alone: list[Encoded]  # each question by itself, if they are to be laid side by side
 
 
@@ -66,6 +67,7 @@ class RowTransform:
   max_turns: int | None = None
   side_by_side: bool = False
   truncate: bool = False
+  features: Features | MixedFeatures | None = None
 
   def __post_init__(self):
     self._kept: dict[int, _Sample] = {}
@@ -76,19 +78,27 @@ class RowTransform:
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """-> {tokens, targets, loss_mask, segment_ids, positions: [L], pixels: uint8[M V H W 3], fuse_index, fuse_mask:
-    [M T], slot_index: [M C]} and, side by side, branch_ids: [L].
+    [M T], slot_index: [M C]} and, side by side, branch_ids: [L]. With features, features: [M V P W], and no pixels.
 
     Raises DataError naming the sample, whatever is wrong with it.
     """
     sample = self._kept.get(index) or self._keep(index)
     encoded, branch = self._beside(sample, rng) if self.side_by_side else (self._in_turn(sample, rng), None)
     fields = self._lay_out(encoded, branch, sample.media, sample.where)
-    size = self.processor.images.size
-    pixels = np.zeros((self.row.visuals, self.processor.images.views, size, size, 3), np.uint8)
+    views = (self.row.visuals, self.processor.images.views)
+    if self.features is None:
+      size = self.processor.images.size
+      shown = np.zeros((*views, size, size, 3), np.uint8)
+    else:
+      layout = self.features.layout
+      shown = np.zeros((*views, *layout.shape[1:]), layout.dtype)
     for i, visual in enumerate(itertools.chain.from_iterable(self._views(visuals, rng) for visuals in sample.media)):
-      pixels[i] = visual
-    pixels[: self._untagged(sample.media)] = _MEAN_COLOR
-    return {**fields, 'pixels': pixels}
+      shown[i] = visual
+    if untagged := self._untagged(sample.media):
+      shown[:untagged] = MEAN_COLOR if self.features is None else self.features.blank
+    if self.features is None:
+      return {**fields, 'pixels': shown}
+    return {**fields, 'pixels': np.zeros((*views, 0, 0, 3), np.uint8), 'features': shown}
 
   def _lay_out(
     self, encoded: Encoded, branch: np.ndarray | None, media: list[list[np.ndarray]], where: str
@@ -164,13 +174,17 @@ class RowTransform:
     record = self.source[index]
     where = f'sample {record["id"]!r}'
     turns = turns_from_llava(record['conversations'], where)
-    media = self.processor.read_record(turns, record['media'], where)
-    if self.augment is None:
-      media = [[self.processor.views(visual) for visual in visuals] for visuals in media]
+    media = self.features[index] if self.features is not None else self._media(turns, record, where)
     alone = [self._encode(one, where) for one in one_question_each(turns)] if self.side_by_side else []
     for one in alone:  # else one too long would be refused in the epochs that begin with it, and left out in others
       self._lay_out(one, None, media, where)
     return _Sample(where, turns, media, alone)
+
+  def _media(self, turns: list[Turn], record: Record, where: str) -> list[list[np.ndarray]]:
+    media = self.processor.read_record(turns, record['media'], where)
+    if self.augment is None:
+      media = [[self.processor.views(visual) for visual in visuals] for visuals in media]
+    return media
 
 
 def choose_turns(turns: Sequence[Turn], rng: np.random.Generator, most: int) -> list[Turn]:

@@ -74,13 +74,14 @@ class LlavaMini(nnx.Module):
 
     At most `visual_chunk` visuals of each row are in memory at a time; in the backward pass they are seen again.
     """
-    visuals, chunk = batch.pixels.shape[1], self.config.visual_chunk
+    views = batch.pixels if batch.features is None else batch.features
+    visuals, chunk = views.shape[1], self.config.visual_chunk
 
     def see_from(start, count):
-      pixels, index, mask = (
-        jax.lax.dynamic_slice_in_dim(x, start, count, axis=1) for x in (batch.pixels, batch.fuse_index, batch.fuse_mask)
+      some, index, mask = (
+        jax.lax.dynamic_slice_in_dim(x, start, count, axis=1) for x in (views, batch.fuse_index, batch.fuse_mask)
       )
-      return self._see_some(text, pixels, index, mask, batch.branch_ids)
+      return self._see_some(text, some, index, mask, batch.branch_ids)
 
     if not 0 < chunk < visuals:
       compressed, fused = see_from(0, visuals)
@@ -102,16 +103,17 @@ class LlavaMini(nnx.Module):
       compressed = jnp.concatenate([compressed, last], axis=1)
     return compressed, total
 
-  def _see_some(self, text, pixels, fuse_index, fuse_mask, branch_ids) -> tuple[jax.Array, jax.Array]:
-    """Some visuals of every row: compressed [B m C D], fused text [B m T D]."""
-    rows, visuals = pixels.shape[:2]
+  def _see_some(self, text, views, fuse_index, fuse_mask, branch_ids) -> tuple[jax.Array, jax.Array]:
+    """Some visuals of every row, as pixels or as features: compressed [B m C D], fused text [B m T D]."""
+    rows, visuals = views.shape[:2]
 
     def fused_with_visual(of_tokens):  # [B L ...] -> [B·m T ...]
       index = fuse_index.reshape(rows, -1, *(1,) * (of_tokens.ndim - 2))
       found = jnp.take_along_axis(of_tokens, index, axis=1, mode='clip')
       return found.reshape(rows * visuals, -1, *of_tokens.shape[2:])
 
-    features = self.encode_views(pixels.reshape(rows * visuals, *pixels.shape[2:]))
+    views = views.reshape(rows * visuals, *views.shape[2:])
+    features = views.astype(self.dtype) if views.ndim == 4 else self.encode_views(views)
     branch_ids = None if branch_ids is None else fused_with_visual(branch_ids)
     text_mask = fuse_mask.reshape(rows * visuals, -1)
     compressed, fused = self.fuse(features, fused_with_visual(text), text_mask, branch_ids)

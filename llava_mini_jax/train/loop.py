@@ -23,6 +23,7 @@ from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, use_mesh
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import TrainingError
+from llava_mini_jax.train.features import check_experiment, check_tower
 from llava_mini_jax.train.metrics import LOG_NAME, MetricsLog
 from llava_mini_jax.train.optimizer import schedule
 from llava_mini_jax.train.plots import training_curves
@@ -82,11 +83,13 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     max_grad_norm=config.max_grad_norm,
   )
   check_start(experiment, trainer)
+  check_experiment(experiment, trainer)
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(workdir / 'checkpoints', keep=config.keep)
   with use_mesh(mesh), checkpoints, contextlib.closing(batches):
     meta = _meta(experiment, inputs, total)
     state, start = _start(experiment, trainer, checkpoints, batches, meta)
+    check_tower(inputs.features, experiment, trainer, state['frozen'])
     if jax.process_index() == 0:
       (workdir / 'config.json').write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
       save_tokenizer(inputs.tokenizer, workdir / 'tokenizer')
@@ -145,7 +148,7 @@ def _start(
 
 # What a run may go on with as it likes: it changes no number, or is checked by what the path leads to.
 _FREE = re.compile(
-  r'config\.(train\.(log_every|save_every|keep|mesh)|data\.(workers|dataset|tokenizer|template)|'
+  r'config\.(train\.(log_every|save_every|keep|mesh)|data\.(workers|dataset|tokenizer|template|features)|'
   r'model\.(scan\..*|visual_chunk)).*'
 )
 
@@ -168,6 +171,7 @@ def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:
     dataset=inputs.source.fingerprint,
     tokenizer=fingerprint(inputs.tokenizer),
     template=template_fingerprint(experiment.data.template),
+    features=inputs.features and dict(tower=inputs.features.layout.tower, dtype=inputs.features.layout.dtype),
     config=json.loads(json.dumps(experiment.to_dict())),
   )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 
-from llava_mini_jax.analyze.flops import peak_flops, training_flops
+from llava_mini_jax.analyze.flops import forward_flops, peak_flops, training_flops
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.train.step import Trainer
 from llava_mini_jax.train.tree import flatten
@@ -14,6 +14,7 @@ from llava_mini_jax.types import Batch
 
 class Throughput:
   def __init__(self, config: LlavaMiniConfig, trainer: Trainer):
+    self._config = config
     trains = {path.split('/')[0] for path in flatten(trainer.abstract['params']) if path != 'decoder/embed_tokens'}
     self._flops_of = functools.cache(lambda sizes: training_flops(config, trains=trains, **dict(sizes)))
     self._peak = peak_flops(config.dtype)
@@ -32,6 +33,8 @@ class Throughput:
     self._tokens += rows * length
     self._images += rows * visuals
     self._flops += self._flops_of(tuple(sizes.items()))
+    if batch.features is not None:
+      self._flops -= forward_flops(self._config, **sizes).vision  # which nobody computes
 
   def since_last(self) -> dict[str, float]:
     """{} the first time, which would time the compilation."""
