@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from llava_mini_jax.data.records import open_split
 from llava_mini_jax.experiment import DataConfig, Experiment
 from llava_mini_jax.sharding import batch_sharding, make_mesh, use_mesh
 from llava_mini_jax.train.features import check_experiment, check_tower, tower_fingerprint, write_features
-from llava_mini_jax.train.loop import train
 from llava_mini_jax.train.loss import next_token_loss
 from llava_mini_jax.train.metrics import LOG_NAME
 from llava_mini_jax.train.step import make_trainer
@@ -472,25 +472,31 @@ def curve(workdir: Path) -> list[tuple[float, ...]]:
 
 def test_a_run_with_features(root, tmp_path):
   """The command line writes them, a run learns from them what it would from pixels, and a resume goes on."""
-  config = run(root)
-  train(config, tmp_path / 'pixels')
-  overrides = [f'--config=tests/tiny_run.py:{root / "images"}', f'--config.train.init_from={root / "start"}']
-  overrides += ['--config.data.visuals_per_row=2', '--features_dtype=float32', '--batch_size=8', '--shard=0/1']
-  done = command('prepare_data', '--features', f'--out={tmp_path / "features"}', *overrides)
+  base = [f'--config=tests/tiny_run.py:{root / "images"}', f'--config.train.init_from={root / "start"}']
+  base += ['--config.data.visuals_per_row=2', '--config.train.groups=(("vision/.*", "frozen"), (".*", 1e-2))']
+  base += ['--config.train.max_steps=4', '--config.train.save_every=2']
+
+  def trained(*more):
+    process = command('train', *base, *more)
+    out, err = process.communicate()
+    return process.returncode, err
+
+  done = command('prepare_data', '--features', f'--out={tmp_path / "features"}', *base, '--features_dtype=float32')
   out, err = done.communicate()
   assert done.returncode == 0, err
   assert out.splitlines()[0].startswith(f'{root / "images"}:train: 10 images or frames in 10 records, 256 bytes each')
   assert out.splitlines()[-1] == f'11 images and frames encoded; written to {tmp_path / "features"}'
-  config = with_features(config, tmp_path / 'features')
-  train(config, tmp_path / 'run')
-  np.testing.assert_allclose(curve(tmp_path / 'run'), curve(tmp_path / 'pixels'), rtol=1e-4)
+  assert trained(f'--workdir={tmp_path / "pixels"}')[0] == 0
+  run = (f'--workdir={tmp_path / "run"}', f'--config.data.features={tmp_path / "features"}')
+  assert trained(*run)[0] == 0
   expected = curve(tmp_path / 'run')
+  np.testing.assert_allclose(expected, curve(tmp_path / 'pixels'), rtol=1e-4)
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
-  shutil.copytree(tmp_path / 'features', tmp_path / 'moved')
-  train(with_features(config, tmp_path / 'moved'), tmp_path / 'run')
+  (tmp_path / 'features').rename(tmp_path / 'moved')
+  assert trained(run[0], f'--config.data.features={tmp_path / "moved"}')[0] == 0
   assert curve(tmp_path / 'run') == expected
-  with pytest.raises(ConfigError, match='\n  features: was {.*}, is None$'):
-    train(run(root), tmp_path / 'run')
+  code, err = trained(run[0])
+  assert code == 1 and re.search(r"\n  features: was {'tower': '\w+', 'dtype': 'float32'}, is None$", err.strip())
 
 
 @pytest.mark.parametrize('text', ['1', '2/2', '-1/2', 'a/b', '0/0', '1/'])
