@@ -167,8 +167,9 @@ def _time(report: Preflight) -> Sequence[str]:
     f'memory {cost.memory_seconds * 1e3:.4g}, kernels {cost.kernel_seconds * 1e3:.4g}; '
     f'exposed communication {cost.exposed_seconds * 1e3:.4g} ms',
   ]
-  if cost.unknown_kernels:
-    lines.append(f'  beware: kernels of unknown FLOPs, timed by their bytes alone: {", ".join(cost.unknown_kernels)}')
+  if cost.untimed:
+    shown = ', '.join(cost.untimed[:3]) + (' …' if len(cost.untimed) > 3 else '')
+    lines.append(f'  beware: {len(cost.untimed)} without FLOPs or cycles, timed by their bytes alone: {shown}')
   return [*lines, *([f'  beware: {report.note}'] if report.note else [])]
 
 

@@ -38,6 +38,7 @@ COLLECTIVES = (
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id')
 _FREE += ('opt-barrier', 'copy-start', 'copy-done', 'slice-start', 'slice-done', 'async-update')
 _KERNEL = 'tpu_custom_call'
+_NO_CYCLES = 2**53  # what the compiler cannot estimate, it says takes for ever
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class StepCost:
   kernel_seconds: float
   kernel_calls: int
   kernel_efficiency: float  # share of the peak that kernels are taken to reach
-  unknown_kernels: tuple[str, ...]  # whose FLOPs nothing tells: their time is that of their bytes alone
+  untimed: tuple[str, ...]  # kernels without FLOPs and products without cycles: timed by their bytes alone
   collectives: tuple[Collective, ...]
   instructions: tuple[InstructionCost, ...]  # costliest first
 
@@ -138,7 +139,7 @@ class _Walk:
   def __init__(self, module: Module, chip: Chip, kernel_flops: Mapping[Call, float], kernel_efficiency: float):
     self.module, self.chip = module, chip
     self.kernel_flops, self.kernel_efficiency = kernel_flops, kernel_efficiency
-    self.unknown: set[str] = set()
+    self.untimed: set[str] = set()
     self.seconds = collections.Counter()
     self.kernel_calls = 0
     self.costs: list[InstructionCost] = []
@@ -212,7 +213,11 @@ class _Walk:
       self.kernel_calls += times
     elif instruction.opcode in ('dot', 'convolution') or (called and has_product(module, called)):
       kind = 'product'
-      seconds = max(seconds, int(instruction.string('estimated_cycles') or 0) / chip.clock)
+      cycles = int(instruction.string('estimated_cycles') or 0)
+      if not 0 < cycles < _NO_CYCLES:
+        self.untimed.add(instruction.name)
+        cycles = 0
+      seconds = max(seconds, cycles / chip.clock)
     if collective:
       self._weave(instruction, called, collective, seconds, times)
     self.seconds[kind] += seconds * times
@@ -253,7 +258,7 @@ class _Walk:
     shapes = tuple(array.shape for array in kernel.arrays)
     same = {of: flops for (name, of), flops in self.kernel_flops.items() if kernel.name.startswith(name)}
     if not same:
-      self.unknown.add(kernel.name)
+      self.untimed.add(kernel.name)
     return same.get(shapes, max(same.values(), default=0.0))
 
   def result(self) -> StepCost:
@@ -278,7 +283,7 @@ class _Walk:
       kernel_seconds=self.seconds['kernel'],
       kernel_calls=self.kernel_calls,
       kernel_efficiency=self.kernel_efficiency,
-      unknown_kernels=tuple(sorted(self.unknown)),
+      untimed=tuple(sorted(self.untimed)),
       collectives=tuple(sorted(collectives, key=lambda c: -c.seconds)),
       instructions=tuple(sorted(self.costs, key=lambda c: -c.seconds)),
     )
