@@ -54,13 +54,32 @@ class Program:
       return traced.lower()
 
 
-def abstract_batch(config: LlavaMiniConfig, shape: RowShape, *, rows: int, views: int, sharding: Any, beside=False):
-  """A Batch of so many rows as the data layout makes them. beside: rows hold questions side by side."""
-  branch = np.zeros(1, np.int32) if beside else None
+def abstract_batch(
+  config: LlavaMiniConfig,
+  shape: RowShape,
+  *,
+  rows: int,
+  views: int,
+  sharding: Any,
+  side_by_side: bool = False,
+  features: bool = False,
+) -> Batch:
+  """A Batch of so many rows as the data layout makes them.
+
+  Args:
+    side_by_side: rows hold questions side by side. features: of the vision tower are read, in the model's dtype.
+  """
+  branch = np.zeros(1, np.int32) if side_by_side else None
   row = build_row(np.ones(1, np.int32), np.zeros(1, bool), shape, where='preflight', branch=branch)
-  size = config.vision.image_size
-  row['pixels'] = np.broadcast_to(np.uint8(0), (shape.visuals, views, size, size, 3))
-  return Batch(**{k: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding) for k, x in row.items()})
+  size = 0 if features else config.vision.image_size
+  shapes = {name: (array.shape, array.dtype) for name, array in row.items()}
+  shapes['pixels'] = (shape.visuals, views, size, size, 3), np.uint8
+  if features:
+    vision = config.vision
+    shapes['features'] = (shape.visuals, views, vision.num_patches, vision.hidden_size), jnp.dtype(config.dtype)
+  return Batch(
+    **{name: jax.ShapeDtypeStruct((rows, *of), dtype, sharding=sharding) for name, (of, dtype) in shapes.items()}
+  )
 
 
 def make_program(
@@ -119,10 +138,21 @@ def _training(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
   shape = RowShape.for_model(
     model, length=data.row_length, visuals=data.visuals_per_row, fused_text=data.fused_text or None, views=views
   )
-  batch = abstract_batch(model, shape, rows=rows, views=views, sharding=batch_sharding(mesh), beside=data.side_by_side)
+  batch = abstract_batch(
+    model,
+    shape,
+    rows=rows,
+    views=views,
+    sharding=batch_sharding(mesh),
+    side_by_side=data.side_by_side,
+    features=bool(data.features),
+  )
   sizes = dict(length=shape.length, visuals=shape.visuals, fused_text=shape.fused_text, views=views)
   trains = {path.split('/')[0] for path in flatten(trainer.abstract['params']) if path != 'decoder/embed_tokens'}
   state = trainer.abstract
+  model_flops = flops.training_flops(model, trains=trains, rows=rows, **sizes)
+  if data.features:
+    model_flops -= flops.forward_flops(model, rows=rows, **sizes).vision
   return Program(
     step='train',
     function=trainer.step,
@@ -130,7 +160,7 @@ def _training(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
     mesh=mesh,
     rows=rows,
     sizes=sizes,
-    model_flops=flops.training_flops(model, trains=trains, rows=rows, **sizes),
+    model_flops=model_flops,
     kinds={
       'parameters': state['params'],
       'frozen parameters': state['frozen'],

@@ -98,6 +98,16 @@ def test_rows_of_text_alone():
   assert program.model_flops < on_cpus()[0].model_flops / 2
 
 
+def test_features_that_are_read():
+  """The tower, which is frozen, computes nothing; its features come with the batch instead of pixels."""
+  data = dataclasses.replace(SMALL.data, features='features')
+  program = make_program(dataclasses.replace(SMALL, data=data), topology('cpu-8'))
+  batch, vision = program.arguments[1], SMALL.model.vision
+  assert batch.features.shape == (16, 1, 1, vision.num_patches, vision.hidden_size) and not batch.pixels.size
+  assert count(program.trace().jaxpr).total == pytest.approx(program.model_flops, rel=0.05)
+  assert program.model_flops < on_cpus()[0].model_flops
+
+
 def test_mistakes():
   with pytest.raises(ConfigError, match="^step: expected one of train, prefill, decode, video; found 'run'$"):
     make_program(SMALL, topology('cpu-8'), step='run')
