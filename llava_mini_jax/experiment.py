@@ -42,6 +42,7 @@ class DataConfig:
   side_by_side: bool = False  # questions of a record share its image in one row, and none sees another; as many as fit
   truncate: bool = False  # cut a sample at row_length instead of refusing it, unless an image or every target is lost
   pack: bool = False  # several whole samples share a row
+  pack_window: int = 512  # samples that are packed together, out of which rows are filled
   group_by_length: bool = False  # batches of like length, text only apart
   row_lengths: tuple = ()  # with group_by_length: the lengths that a batch may have, up to row_length
   visual_counts: tuple = ()  # with group_by_length: the numbers of visuals that its rows have room for, likewise
@@ -52,8 +53,9 @@ class DataConfig:
 
   def __post_init__(self):
     require_choice('DataConfig.aspect', self.aspect, ('pad', 'crop'))
-    if self.row_length < 1:
-      raise ConfigError(f'DataConfig.row_length: expected a positive integer; found {self.row_length}')
+    for field in ('row_length', 'pack_window'):
+      if getattr(self, field) < 1:
+        raise ConfigError(f'DataConfig.{field}: expected a positive integer; found {getattr(self, field)}')
     for field in ('visuals_per_row', 'fused_text', 'max_turns', 'shift', 'workers'):
       if getattr(self, field) < 0:
         raise ConfigError(f'DataConfig.{field}: expected 0 or more; found {getattr(self, field)}')

@@ -55,7 +55,7 @@ class Inputs:
     if config.truncate:
       sizes[:, 0] = np.minimum(sizes[:, 0], self.row.length)
     if config.pack:
-      return Packed(self.source, sizes, self.row, seed)
+      return Packed(self.source, sizes, self.row, seed, config.pack_window)
     # without any visual in a batch, gradients would reach text embeddings that are detached elsewhere
     text_visuals = min(1, self.row.visuals) if self.model.detach_text else 0
     tables = config.row_lengths, config.visual_counts

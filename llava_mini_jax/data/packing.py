@@ -25,13 +25,16 @@ _BY_TOKEN = ('tokens', 'targets', 'loss_mask', 'positions')
 _BY_VISUAL = {'pixels', 'features'}
 
 
-def plan(sizes: np.ndarray, capacity: tuple[int, int], *key: int | str, window: int = 512) -> list[tuple[int, ...]]:
-  """Which samples share a row: first-fit decreasing among each `window` samples of a shuffled order.
+WINDOW = 512
+
+
+def plan(sizes: np.ndarray, capacity: tuple[int, int], *key: int | str, window: int = WINDOW) -> list[tuple[int, ...]]:
+  """Which samples share a row: greedy first-fit, longest first, among each `window` samples of a shuffled order.
 
   Args:
     sizes: int[n 2], (tokens, visuals) of every sample. capacity: of a row.
     key: the seed and the epoch; the plan depends on nothing else.
-    window: samples packed together; more = fuller rows, and a row's samples are less random.
+    window: the buffer, samples packed together; more = fuller rows, and a row's samples are less random.
   Returns:
     Groups of indices in random order; every sample is in one of them, once.
   Raises:
@@ -63,6 +66,26 @@ def _first_fit(members: Sequence[int], sizes: Sequence[Sequence[int]], capacity:
   return rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Fill:
+  """How full the rows of a plan are. samples: in a row on average; tokens, visuals: share of the places in use."""
+
+  samples: float
+  tokens: float
+  visuals: float
+
+  def __str__(self) -> str:
+    shares = f'{self.tokens:.1%} of its tokens and {self.visuals:.1%} of its visuals in use'
+    return f'{self.samples:.2f} samples a row, {shares}'
+
+
+def fill(groups: Sequence[Sequence[int]], sizes: np.ndarray, capacity: tuple[int, int]) -> Fill:
+  """Of the rows that `plan` made of samples of these sizes."""
+  members = np.concatenate([np.asarray(group) for group in groups])
+  tokens, visuals = sizes[members].sum(axis=0) / (len(groups) * np.maximum(capacity, 1))
+  return Fill(len(members) / len(groups), float(tokens), float(visuals))
+
+
 def check_sizes(sizes: np.ndarray, capacity: tuple[int, int], name: Callable[[int], str]) -> None:
   """Raises DataError E_TOO_LONG naming the first sample that fits no row."""
   for i in np.flatnonzero((sizes > np.asarray(capacity)).any(axis=1))[:1]:
@@ -75,8 +98,10 @@ def check_sizes(sizes: np.ndarray, capacity: tuple[int, int], name: Callable[[in
 class Packed:
   """epoch -> groups of record indices as `plan`; an order for `mixture.Epochs`.
 
+  A plan depends on sizes, seed and epoch alone, so a place in the stream stays one integer and a resume is exact.
+
   Attributes:
-    sizes: int[len(source) 2], from `sizes.record_sizes`.
+    sizes: int[len(source) 2], from `sizes.record_sizes`. window: as for `plan`.
   Raises:
     DataError: E_TOO_LONG naming a sample that fits no row.
   """
@@ -85,14 +110,23 @@ class Packed:
   sizes: np.ndarray
   row: RowShape
   seed: int
+  window: int = WINDOW
 
   def __post_init__(self):
-    check_sizes(self.sizes, (self.row.length, self.row.visuals), lambda i: f'sample {self.source[int(i)]["id"]!r}')
+    check_sizes(self.sizes, self._capacity, lambda i: f'sample {self.source[int(i)]["id"]!r}')
+
+  @property
+  def _capacity(self) -> tuple[int, int]:
+    return self.row.length, self.row.visuals
 
   def __call__(self, epoch: int) -> list[tuple[int, ...]]:
     found = samples_of(self.source, epoch)
-    groups = plan(self.sizes[found], (self.row.length, self.row.visuals), self.seed, epoch)
+    groups = plan(self.sizes[found], self._capacity, self.seed, epoch, window=self.window)
     return [tuple(found[list(group)].tolist()) for group in groups]
+
+  def fill(self, epoch: int) -> Fill:
+    """How full the rows of an epoch are."""
+    return fill(self(epoch), self.sizes, self._capacity)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,6 +137,8 @@ def _check_order(order, batch_size: int, row: RowShape, model: LlavaMiniConfig, 
   fitted = isinstance(order, Grouped) and order.fitted
   if fitted and model.detach_text and not order.text_visuals:
     raise ConfigError('order.text_visuals: expected 1 or more, for the model has detach_text; found 0')
+  if isinstance(order, Packed) and model.video_stop_grad:
+    raise ConfigError('model.video_stop_grad: expected False when packing, which puts several visuals in every row')
   if random_sizes and (fitted or isinstance(order, Packed)):
     raise ConfigError('packing, or rows of several shapes: expected no max_turns and no side_by_side; found one')
 

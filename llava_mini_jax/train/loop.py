@@ -14,8 +14,9 @@ import jax
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.convert.run_weights import describe_start, is_imported
 from llava_mini_jax.data.conversation import template_fingerprint
-from llava_mini_jax.data.inputs import Inputs, load_inputs
+from llava_mini_jax.data.inputs import Inputs, Order, load_inputs
 from llava_mini_jax.data.mixture import Mixture
+from llava_mini_jax.data.packing import Packed
 from llava_mini_jax.data.pipeline import DeviceBatches, device_batches
 from llava_mini_jax.data.sizes import SIZES_NAME
 from llava_mini_jax.data.tokenizer import fingerprint, save_tokenizer
@@ -93,7 +94,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     if jax.process_index() == 0:
       (workdir / 'config.json').write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
       save_tokenizer(inputs.tokenizer, workdir / 'tokenizer')
-      print(_describe(experiment, trainer, inputs, start, total), flush=True)
+      print(_describe(experiment, trainer, inputs, order, start, total), flush=True)
 
     # -- steps -------------------------------------------------------------------------------------------------------
     throughput = Throughput(experiment.model, trainer)
@@ -176,7 +177,7 @@ def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:
   )
 
 
-def _describe(experiment: Experiment, trainer: Trainer, inputs: Inputs, start: int, total: int) -> str:
+def _describe(experiment: Experiment, trainer: Trainer, inputs: Inputs, order: Order, start: int, total: int) -> str:
   count = {part: sum(leaf.size for leaf in flatten(trainer.abstract[part]).values()) for part in ('params', 'frozen')}
   mixture = [inputs.source.describe()] if isinstance(inputs.source, Mixture) else []
   begins = [describe_start(Path(experiment.train.init_from), experiment.model)] if experiment.train.init_from else []
@@ -184,4 +185,5 @@ def _describe(experiment: Experiment, trainer: Trainer, inputs: Inputs, start: i
     f'{count["params"]:,} parameters train, {count["frozen"]:,} frozen; {len(inputs.source):,} records; '
     f'batch {experiment.train.batch_size}; steps {start:,} to {total:,}; mesh {dict(trainer.mesh.shape)}'
   )
-  return '\n'.join([*mixture, *begins, summary])
+  packed = [f'packed: {order.fill(0)}'] if isinstance(order, Packed) else []
+  return '\n'.join([*mixture, *begins, *packed, summary])

@@ -5,11 +5,19 @@ from __future__ import annotations
 import functools
 import time
 
+import jax
+import numpy as np
+
 from llava_mini_jax.analyze.flops import forward_flops, peak_flops, training_flops
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.train.step import Trainer
 from llava_mini_jax.train.tree import flatten
 from llava_mini_jax.types import Batch
+
+
+@jax.jit
+def _share_in_use(segment_ids: jax.Array) -> jax.Array:
+  return (segment_ids > 0).mean()
 
 
 class Throughput:
@@ -23,6 +31,7 @@ class Throughput:
 
   def _reset(self) -> None:
     self._steps, self._tokens, self._images, self._flops = 0, 0, 0, 0.0
+    self._filled: list[jax.Array] = []
 
   def count(self, batch: Batch) -> None:
     """A step on this global batch."""
@@ -32,6 +41,7 @@ class Throughput:
     self._steps += 1
     self._tokens += rows * length
     self._images += rows * visuals
+    self._filled.append(_share_in_use(batch.segment_ids))
     self._flops += self._flops_of(tuple(sizes.items()))
     if batch.features is not None:
       self._flops -= forward_flops(self._config, **sizes).vision  # which nobody computes
@@ -47,6 +57,7 @@ class Throughput:
         steps_per_second=self._steps / seconds,
         tokens_per_second=self._tokens / seconds,
         images_per_second=self._images / seconds,
+        row_fill=float(np.mean(jax.device_get(self._filled))),
         mfu=self._flops / seconds / self._peak,
       )
     self._reset()

@@ -16,7 +16,7 @@ from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.augment import Augment
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.mixture import Epochs, Mixture, parse
-from llava_mini_jax.data.packing import Packed, pack_rows, plan
+from llava_mini_jax.data.packing import Fill, Packed, fill, pack_rows, plan
 from llava_mini_jax.data.records import write
 from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.data.sizes import SampleSize, record_sizes
@@ -151,6 +151,40 @@ def test_the_model_sees_no_difference():
   assert packed.loss_mask.sum() == apart.loss_mask.sum() == 3 * 3 + 5
 
 
+def test_the_gradient_of_each_sample_is_its_own():
+  """Of each sample's loss, packed and apart, of every parameter that a visual or a text reaches."""
+  config = small_config(detach_text=False)
+  samples = [
+    random_sample(config, 1, text=(3, 4), visuals=(1,)),
+    random_sample(config, 2, text=(5,), visuals=()),
+    random_sample(config, 3, text=(2, 3, 1), visuals=(1, 2)),
+  ]
+  apart = lay_out(config, samples, length=16, visuals=3, fused_text=10)
+  fields = [field.name for field in dataclasses.fields(Batch) if getattr(apart, field.name) is not None]
+  rows = [{name: getattr(apart, name)[i] for name in fields} for i in range(3)]
+  shape = RowShape.for_model(config, length=40, visuals=5, fused_text=10)
+  packed = Batch(**{name: array[None] for name, array in pack_rows(rows, shape).items()})
+  params = random_params(config)
+
+  @quick_jit
+  def gradient(batch, mask):
+    def loss(params):
+      return next_token_loss(with_params(config, params)(batch), batch.targets, mask)[0]
+
+    return jax.value_and_grad(loss)(params)
+
+  for number in range(3):
+    of_one = (np.arange(3) == number)[:, None]
+    with jax.default_matmul_precision('highest'):
+      expected_loss, expected = jax.device_get(gradient(apart, apart.loss_mask & of_one))
+      loss, found = jax.device_get(gradient(packed, packed.loss_mask & (packed.segment_ids == number + 1)))
+    np.testing.assert_allclose(loss, expected_loss, rtol=0, atol=1e-5)
+    assert max(np.abs(value).max() for value in expected.values()) > 1e-2
+    for path, value in expected.items():
+      scale = max(1.0, np.abs(value).max())
+      np.testing.assert_allclose(found[path], value, rtol=0, atol=1e-5 * scale, err_msg=f'sample {number}: {path}')
+
+
 def mix_of_lengths(count: int, seed: int = 0) -> np.ndarray:
   """60 to 400 tokens, 9 in 10 with an image."""
   rng = np.random.default_rng(seed)
@@ -175,6 +209,17 @@ def test_visuals_fill_rows_as_tokens_do():
   assert (used <= (4096, 8)).all() and used[:, 1].sum() / (8 * len(groups)) > 0.95
   assert sorted(itertools.chain(*groups)) == list(range(2000))
   assert plan(np.array([[5, 0], [5, 0]]), (10, 0), 0) in ([(0, 1)], [(1, 0)])
+
+
+def test_a_larger_window_fills_rows_better():
+  sizes = mix_of_lengths(2000)
+  found = [fill(plan(sizes, (1024, 8), 0, window=window), sizes, (1024, 8)) for window in (1, 16, 512)]
+  assert found[0].samples == 1 and found[0].tokens < found[1].tokens < found[2].tokens
+  by_hand = fill([(0, 2), (1,)], np.array([[2, 0], [7, 3], [3, 1]]), (10, 4))
+  assert by_hand == Fill(samples=1.5, tokens=12 / 20, visuals=4 / 8)
+  assert str(by_hand) == '1.50 samples a row, 60.0% of its tokens and 50.0% of its visuals in use'
+  order = Packed(RECORDS, SIZES, WIDE, seed=3, window=1)
+  assert order.fill(0).samples == 1 and len(order(0)) == 21
 
 
 def test_first_fit_decreasing_by_hand():
@@ -285,6 +330,14 @@ def test_what_packing_does_not_go_with(options, message):
   with pytest.raises(ConfigError) as error:
     iterate(order=ORDER, **options)
   assert str(error.value) == message
+
+
+def test_packing_does_not_stop_gradients():
+  model = dataclasses.replace(MODEL, video_stop_grad=True)
+  with pytest.raises(ConfigError) as error:
+    iterate(model=model, row=WIDE, order=ORDER)
+  expected = 'model.video_stop_grad: expected False when packing, which puts several visuals in every row'
+  assert str(error.value) == expected
 
 
 def test_a_sample_that_fits_no_row_is_named():

@@ -72,7 +72,11 @@ def test_a_resume_goes_on(sources, tmp_path, layout, capsys):
   """Also when its datasets and its template have moved meanwhile."""
   template = shutil.copy(TEMPLATE, tmp_path / 'a.jinja')
   train(run(sources, template, **LAYOUTS[layout]), tmp_path / 'run')
-  assert 'videos' in capsys.readouterr().out  # the table of the mixture
+  out = capsys.readouterr().out
+  assert 'videos' in out  # the table of the mixture
+  assert ('packed: ' in out) == (layout == 'packed')
+  fills = [json.loads(line).get('row_fill') for line in (tmp_path / 'run' / LOG_NAME).read_text().splitlines()]
+  assert all(0 < fill < 1 for fill in fills[3::2]) and fills[::2] == [None] * (STEPS // 2)
   expected = curve(tmp_path / 'run')
   assert [row[0] for row in expected] == list(range(1, STEPS + 1))
   assert expected[-1][1] < expected[0][1]
