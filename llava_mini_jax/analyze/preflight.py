@@ -48,7 +48,7 @@ class Preflight:
   kernel_flops: Mapping[str, float]  # of hardware_flops: in Pallas kernels, by name
   peak_flops: float | None  # of one device, per second
   collectives: tuple[Collective, ...]  # on CPUs they take no time
-  cost: StepCost | None  # None if it does not fit, or for a CPU
+  cost: StepCost | None  # None if it does not compile for lack of memory, or for a CPU
   note: str = ''
 
   def mfu(self, seconds: float) -> float:
@@ -79,7 +79,7 @@ def preflight(
     options: of the compiler, besides those that the chip needs (`topologies.CHIPS`); they win.
     kernel_efficiency: share of the peak that Pallas kernels reach; None = the chip's.
   Returns:
-    The report, and the scheduled text of the compiled program ('' if it does not fit).
+    The report, and the scheduled text of the compiled program ('' if there is none).
   Raises:
     Whatever the compiler raises, other than that memory does not suffice.
   """
@@ -106,6 +106,7 @@ def preflight(
       'padding': max(0, rest),
     }
     used = sum(memory.values())
+    fits = chip is None or used <= chip.hbm_bytes  # parameters that this program does not touch are there all the same
     text = compiled.as_text()
     module = hlo.parse(text)
     cost = step_cost(module, chip or _UNTIMED, counted.kernel_calls, kernel_efficiency)

@@ -34,7 +34,7 @@ def describe(report: Preflight, top: int = 10) -> str:
   if report.options:
     lines.append('  options ' + ' '.join(f'{name}={value}' for name, value in report.options.items()))
   lines += [*_memory(report), *_flops(report)]
-  if report.fits:
+  if report.fits or report.cost:
     lines += [*_time(report), *_collectives(report), *_instructions(report, top)]
   return '\n'.join(lines)
 

@@ -171,6 +171,7 @@ def topology(name: str) -> Topology:
 def start_without_devices(topologies: Sequence[Topology]) -> None:
   """Keeps JAX on the CPU, with as many emulated devices as the topologies ask for; before anything is computed."""
   jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_enable_compilation_cache', False)  # a program for absent devices cannot be read from it
   emulated = max((t.shape[0] for t in topologies if t.kind == 'cpu'), default=0)
   if emulated and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', emulated)
