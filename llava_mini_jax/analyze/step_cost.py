@@ -106,7 +106,7 @@ class StepCost:
 
 @dataclasses.dataclass
 class _Transfer:
-  """A collective under way: `hidden` is computation that it runs beside."""
+  """A collective under way."""
 
   kind: str
   overlap: str
@@ -114,7 +114,13 @@ class _Transfer:
   bytes: float
   seconds: float  # one call
   group: int
-  hidden: float = 0.0  # all calls
+  waited: float = 0.0  # one call: how long nothing else runs
+  beside: float = 0.0  # all calls: computation that it is woven into
+
+  @property
+  def exposed_seconds(self) -> float:
+    """All calls."""
+    return max(0.0, self.count * self.seconds - self.beside) if self.overlap == 'woven' else self.count * self.waited
 
 
 def step_cost(
@@ -134,7 +140,7 @@ def step_cost(
 
 
 class _Walk:
-  """Adds up instructions in schedule order; `clock` is computation so far, of one turn of the loop it is in."""
+  """Adds up instructions in schedule order."""
 
   def __init__(self, module: Module, chip: Chip, kernel_flops: Mapping[Call, float], kernel_efficiency: float):
     self.module, self.chip = module, chip
@@ -147,28 +153,28 @@ class _Walk:
     self.woven: dict[str, _Transfer] = {}  # by channel: its steps may lie in several fusions, even of another loop
 
   def run(self, computation: str, times: int) -> float:
-    """Returns the seconds of computation of one run."""
+    """Returns how long one run takes, what is woven into computation apart."""
     clock, free = 0.0, 0.0  # free: when the links have finished what was started before
-    started: dict[str, tuple[_Transfer, float, float]] = {}  # a transfer, when it was started, when it is done
+    started: dict[str, tuple[_Transfer, float]] = {}  # and when each is done
     for instruction in self.module.computations[computation]:
       opcode = instruction.opcode
       if opcode == 'while':
         turns = self.module.trip_count(instruction)
         clock += turns * self.run(instruction.called('body'), times * turns)
       elif opcode in ('call', 'conditional'):
-        branch = next(filter(None, map(instruction.called, ('to_apply', 'calls', 'true_computation'))), None)
-        branches = re.search(r'branch_computations=\{%([\w.-]+)', instruction.attributes)
-        branch = branch or (branches and branches.group(1))
-        clock += self.run(branch, times) if branch else 0.0
+        clock += sum(self.run(branch, times) for branch in _first_branch(instruction))
       elif transfer := self._transfer(computation, instruction, times):
         self.transfers.append(transfer)
+        free = max(clock, free) + transfer.seconds
         if transfer.overlap == 'started':
-          begin = max(clock, free)
-          free = begin + transfer.seconds
-          started[instruction.name] = transfer, clock, free
+          started[instruction.name] = transfer, free
+          transfer.waited = transfer.seconds  # unless it is awaited here; else that happens in another turn
+        else:
+          transfer.waited, clock = free - clock, free
       elif opcode.endswith('-done') and instruction.operands and instruction.operands[0] in started:
-        transfer, since, until = started.pop(instruction.operands[0])
-        transfer.hidden += times * min(transfer.seconds, max(0.0, transfer.seconds - max(0.0, until - clock)))
+        transfer, until = started.pop(instruction.operands[0])
+        transfer.waited = max(0.0, until - clock)
+        clock += transfer.waited
       else:
         clock += self._compute(computation, instruction, times)
     return clock
@@ -184,11 +190,9 @@ class _Walk:
       return None
     overlap = 'started' if opcode.endswith('-start') else 'exposed'
     operands = [self.module.find(computation, name) for name in instruction.operands]
-    before = sum(operand.bytes for operand in operands if operand)
+    before, after = sum(operand.bytes for operand in operands if operand), instruction.bytes
     if overlap == 'started':
-      after = max((array.bytes for array in instruction.arrays), default=0.0)
-    else:
-      after = instruction.bytes
+      after = max(before, after - before)  # the result lists the operands too
     return self._moved(kind, overlap, max(before, after) if kind == 'reduce-scatter' else after, inner, times)
 
   def _moved(self, kind: str, overlap: str, size: float, inner: Instruction, times: int) -> _Transfer:
@@ -244,12 +248,13 @@ class _Walk:
       kind = 'reduce-scatter'
     if channel not in self.woven:
       moved = self._moved(kind, 'exposed', size, collective, times)
-      self.woven[channel] = dataclasses.replace(moved, kind='reduce-scatter (fused)' if scatters else kind)
+      label = 'reduce-scatter (fused)' if scatters else kind
+      self.woven[channel] = dataclasses.replace(moved, kind=label, waited=moved.seconds)
     transfer = self.woven[channel]
     if seconds:
       transfer.overlap = 'woven'
     transfer.count = min(transfer.count, times)
-    transfer.hidden += seconds * times
+    transfer.beside += seconds * times
 
   def _flops_of(self, kernel: Instruction) -> float:
     """Of one call: its own estimate, else that of the traced kernel of this name and these shapes."""
@@ -272,7 +277,7 @@ class _Walk:
         count=sum(t.count for t in group),
         bytes=sum(t.count * t.bytes for t in group),
         seconds=sum(t.count * t.seconds for t in group),
-        exposed_seconds=sum(max(0.0, t.count * t.seconds - t.hidden) for t in group),
+        exposed_seconds=sum(t.exposed_seconds for t in group),
         group=size,
       )
       for (kind, overlap, size), group in groups.items()
@@ -287,3 +292,11 @@ class _Walk:
       collectives=tuple(sorted(collectives, key=lambda c: -c.seconds)),
       instructions=tuple(sorted(self.costs, key=lambda c: -c.seconds)),
     )
+
+
+def _first_branch(instruction: Instruction) -> list[str]:
+  """The computation that a call runs, or the first of a condition's."""
+  for attribute in ('to_apply', 'calls', 'true_computation'):
+    if called := instruction.called(attribute):
+      return [called]
+  return re.findall(r'branch_computations=\{%([\w.-]+)', instruction.attributes)

@@ -135,6 +135,28 @@ def test_two_that_are_awaited_share_the_links():
   assert milliseconds(found) == (40, 0, 0, 40)
 
 
+def test_the_clock_goes_on_while_one_is_awaited():
+  """The second begins when the first is done, and then hides behind a product; an exposed one waits for the links."""
+  found = cost(
+    '%g = (s8[10]{0}, s8[80]{0}) all-gather-start(%x)',
+    '%gd = s8[80]{0} all-gather-done(%g)',
+    '%h = (s8[10]{0}, s8[80]{0}) all-gather-start(%x)',
+    f'%a = s8[10]{{0}} {PRODUCT}',
+    '%hd = s8[80]{0} all-gather-done(%h)',
+  )
+  assert milliseconds(found) == (40, 0, 0, 40)
+  behind = cost(
+    '%g = (s8[10]{0}, s8[80]{0}) all-gather-start(%x)',
+    '%r = s8[80]{0} all-reduce(%x), to_apply=%add',
+    '%gd = s8[80]{0} all-gather-done(%g)',
+  )
+  assert milliseconds(behind) == (0, 0, 0, 60)
+
+
+def test_a_collective_that_is_awaited_in_another_turn_is_exposed():
+  assert milliseconds(cost('%g = (s8[10]{0}, s8[80]{0}) all-gather-start(%x)'))[3] == 40
+
+
 def test_a_collective_that_is_woven_into_products():
   woven = 'fusion(%x, %y, %x), kind=kOutput, calls=%async_collective_fusion, backend_config={"estimated_cycles":"15"}'
   found = cost(f'%a = s8[10]{{0}} {woven}', f'%b = s8[10]{{0}} {woven}')
