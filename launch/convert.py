@@ -28,6 +28,8 @@ _INIT = flags.DEFINE_enum('prefusion_init', 'random', ['random', 'decoder'], 'Im
 _SEED = flags.DEFINE_integer('seed', 0, 'Import of parts: of what is random.')
 _STEP = flags.DEFINE_integer('step', None, 'Export: checkpoint step; default the newest.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Export: dtype of the tensors.')
+_MERGE = flags.DEFINE_bool('merge_lora', False, 'Export: add the LoRA adapters of the run to its kernels.')
+_BASE = flags.DEFINE_string('base', '', 'Export: the run that they were trained on, if it has moved.')
 flags.mark_flags_as_required(['to'])
 
 
@@ -37,7 +39,8 @@ def main(argv) -> None:
   with tqdm(unit=' tensors') as bar:
     options = dict(max_shard_size=_MAX_SHARD.value, progress=lambda _: bar.update())
     if argv[1] == 'export':
-      export_model(_FROM.value, _TO.value, step=_STEP.value, dtype=_DTYPE.value, **options)
+      options |= dict(step=_STEP.value, dtype=_DTYPE.value, merge_lora=_MERGE.value, base=_BASE.value)
+      export_model(_FROM.value, _TO.value, **options)
     else:
       sources = Sources(
         whole=_FROM.value,

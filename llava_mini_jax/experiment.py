@@ -83,7 +83,12 @@ class TrainConfig:
   groups: tuple = (('.*', 1e-4),)
   init_from: str = ''  # a run, or an imported checkpoint, whose parameters and tokenizer this one starts with
   init_fresh: tuple = ()  # path patterns of the parameters that may start anew if `init_from` does not have them
+  lora_rank: int = 0  # adapters of that rank train in place of the kernels that lora_targets match; 0 = none
+  lora_alpha: float = 16.0  # an adapter's share is lora_alpha / lora_rank
+  lora_targets: tuple = ()  # path patterns of kernels that `groups` freeze; their adapters are `lora/PATH/a` and `/b`
+  param_dtype: str = 'float32'  # bfloat16: half the memory; updates are rounded at random, adapters stay float32
   batch_size: int = 256  # global
+  accumulate: int = 1  # micro-steps that a batch is computed in, with the memory of one and the numbers of all
   epochs: float = 1.0
   max_steps: int = 0  # ends earlier; the schedule is laid out over the shorter of the two. 0 = no limit
   seed: int = 0
@@ -99,17 +104,23 @@ class TrainConfig:
   keep: int = 3  # newest checkpoints kept
 
   def __post_init__(self):
-    for field in ('batch_size', 'log_every', 'save_every', 'keep'):
+    for field in ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep'):
       if getattr(self, field) < 1:
         raise ConfigError(f'TrainConfig.{field}: expected a positive integer; found {getattr(self, field)}')
     for field, top in (('warmup_ratio', 1.0), ('beta1', 1.0), ('beta2', 1.0)):
       if not 0 <= getattr(self, field) < top:
         raise ConfigError(f'TrainConfig.{field}: expected 0 <= value < {top:g}; found {getattr(self, field)}')
-    for field in ('epochs', 'eps', 'max_grad_norm'):
+    for field in ('epochs', 'eps', 'max_grad_norm', 'lora_alpha'):
       if not getattr(self, field) > 0:
         raise ConfigError(f'TrainConfig.{field}: expected a positive number; found {getattr(self, field)}')
     if self.weight_decay < 0 or self.max_steps < 0:
       raise ConfigError('TrainConfig: weight_decay and max_steps must not be negative')
+    require_choice('TrainConfig.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
+    if self.lora_rank < 0 or bool(self.lora_rank) != bool(self.lora_targets):
+      found = f'lora_rank={self.lora_rank}, lora_targets={self.lora_targets!r}'
+      raise ConfigError(f'TrainConfig: expected both a positive lora_rank and lora_targets, or neither; found {found}')
+    if not all(isinstance(pattern, str) for pattern in self.lora_targets):
+      raise ConfigError(f'TrainConfig.lora_targets: expected path patterns; found {self.lora_targets!r}')
     if not all(isinstance(size, int) for size in self.mesh):
       raise ConfigError(f'TrainConfig.mesh: expected integers; found {self.mesh!r}')
     for row in self.groups:

@@ -7,9 +7,12 @@
 | stage2 | stage 1 | instructions, one token per image | all but the tower |
 | stage2_hd | stage 1 | instructions, 2 × 2 crops and the whole image, 8 × 8 tokens | all but the tower |
 | stage2_video | stage 1 | instructions about images and videos (a frame per second, 60 at most) | all but the tower |
+| stage2_lora | stage 1 | as stage2 | projector, compressor, pre-fusion, and adapters of the decoder |
 
 Batches of stage2_video are of like length, images and videos apart, so that images are not laid out for 60 frames.
+
 stage1_full is what the released training script does; the paper's stage 1 has neither compressor nor pre-fusion.
+stage2_lora is not the paper's: rank 128, alpha 256 and the adapters' rate are those of LLaVA's finetune_lora.sh.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import dataclasses
 from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig, require_choice
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
-STAGES = ('stage1', 'stage1_full', 'stage2', 'stage2_hd', 'stage2_video')
+STAGES = ('stage1', 'stage1_full', 'stage2', 'stage2_hd', 'stage2_video', 'stage2_lora')
 FRAMES = 60
 VISUAL_COUNTS = (1, 8, FRAMES)  # of a batch: an image, a few of them or a short clip, a video
 
@@ -85,4 +88,12 @@ def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, start: str) ->
     init_fresh=('(compressor|prefusion)/.*',),
     epochs=2.0,
   )
+  if stage == 'stage2_lora':
+    train = dataclasses.replace(
+      train,
+      lora_rank=128,
+      lora_alpha=256.0,
+      lora_targets=('decoder/layers/.*_proj',),
+      groups=(('lora/.*', 2e-4), ('(vision|decoder)/.*', 'frozen'), ('.*', 1e-5)),
+    )
   return Experiment(model, data, train)

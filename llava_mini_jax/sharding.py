@@ -65,11 +65,12 @@ def make_mesh(shape: tuple[int, int, int] | None = None, devices: Sequence[jax.D
   return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-  """Raises MeshError unless rows divide over the batch axes of the mesh."""
+def check_batch(batch_size: int, mesh: Mesh, micro_steps: int = 1) -> None:
+  """Raises MeshError unless the rows of a micro-step divide over the batch axes of the mesh."""
   ways = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch_size % ways:
-    raise MeshError(f'batch size {batch_size} is not a multiple of data × fsdp = {ways}')
+  if batch_size % (ways * micro_steps):
+    times = f' times {micro_steps} micro-steps' if micro_steps > 1 else ''
+    raise MeshError(f'batch size {batch_size} is not a multiple of data × fsdp = {ways}{times}')
 
 
 def check_parameter(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import ml_collections
 import pytest
 
@@ -25,8 +26,11 @@ from llava_mini_jax.config import (
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 from llava_mini_jax.presets import PRESETS
 from llava_mini_jax.recipes import STAGES, paper_stage
+from llava_mini_jax.sharding import make_mesh
+from llava_mini_jax.train.lora import adapter_names, target_paths
 from llava_mini_jax.train.optimizer import assign_groups
-from llava_mini_jax.train.tree import parameter_shapes
+from llava_mini_jax.train.start import trainer_for
+from llava_mini_jax.train.tree import flatten, parameter_shapes
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 PAPER = ('llava_mini_vicuna_7b', 'llava_mini_vicuna_13b', 'llava_mini_llama31_8b')
@@ -50,7 +54,9 @@ def load(name: str, *arguments: str) -> ml_collections.ConfigDict:
 def rates(name: str, *arguments: str) -> dict[str, float | None]:
   """Learning rate of every parameter; raises ConfigError if the groups do not fit the model."""
   experiment = Experiment.from_dict(load(name, *arguments))
-  return assign_groups(parameter_shapes(experiment.model), experiment.train.groups)
+  paths = list(parameter_shapes(experiment.model))
+  adapters = [name for path in target_paths(paths, experiment.train.lora_targets) for name in adapter_names(path)]
+  return assign_groups([*paths, *adapters], experiment.train.groups)
 
 
 def test_every_config_is_covered():
@@ -231,8 +237,8 @@ MISTAKES = {
   "config: expected the sections model, data, train; missing ['train'], unknown ['trian']": sections(
     train=None, trian={}
   ),
-  "stage: expected one of stage1, stage1_full, stage2, stage2_hd, stage2_video; found 'stage3'": lambda: load(
-    'llava_mini_vicuna_7b', 'stage3'
+  "stage: expected one of stage1, stage1_full, stage2, stage2_hd, stage2_video, stage2_lora; found 'stage3'": lambda: (
+    load('llava_mini_vicuna_7b', 'stage3')
   ),
   # what is missing
   'model: missing decoder': model_dict('decoder', KeyError),
@@ -353,6 +359,22 @@ def test_high_resolution_and_video(name):
   assert video.data.group_by_length and video.data.visual_counts == (1, 8, 60)
   assert [row[0] for row in video.data.mixture] == ['data/llava_instructions', 'data/video_instructions']
   assert hd.train == video.train == plain.train
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_stage_2_with_lora(name):
+  """Nothing of the decoder trains but its adapters: 2 · 128 · (inputs + outputs) numbers for seven kernels a layer."""
+  experiment = Experiment.from_dict(load(name, 'stage2_lora'))
+  trainer = trainer_for(experiment, make_mesh((1, 1, 1), devices=jax.devices()[:1]), total_steps=10)
+  trained = flatten(trainer.abstract['params'])
+  assert {path.split('/')[0] for path in trained} == {'lora', 'projector', 'compressor', 'prefusion'}
+  c = experiment.model.decoder
+  d, f, kv = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim
+  each = 2 * (d + d) + 2 * (d + kv) + 3 * (d + f)
+  adapters = [leaf.size for path, leaf in trained.items() if path.startswith('lora/')]
+  assert sum(adapters) == c.num_hidden_layers * 128 * each
+  optimizer = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract['opt']))
+  assert optimizer == 2 * sum(leaf.size for leaf in trained.values()) + 2
 
 
 @pytest.mark.parametrize('name', PAPER)

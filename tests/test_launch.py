@@ -40,7 +40,7 @@ MISTAKES = {
   'unknown config argument': (
     'train',
     ['--config=configs/llava_mini_vicuna_7b.py:stage3', TRAIN[1]],
-    ("stage: expected one of stage1, stage1_full, stage2, stage2_hd, stage2_video; found 'stage3'",),
+    ("stage: expected one of stage1, stage1_full, stage2, stage2_hd, stage2_video, stage2_lora; found 'stage3'",),
   ),
   'bad config argument': (
     'train',

@@ -95,20 +95,23 @@ def forward_flops(config: LlavaMiniConfig, **sizes: int) -> Flops:
   return Flops(**{name: float(part.sum()) for name, part in _parts(config, **sizes).items()})
 
 
-def training_flops(config: LlavaMiniConfig, *, trains: Container[str], **sizes: int) -> float:
+def training_flops(
+  config: LlavaMiniConfig, *, trains: Container[str], adapts: Container[str] = (), **sizes: int
+) -> float:
   """One training step without recomputation.
 
   Args:
     trains: the fields of Flops that train; a decoder whose `embed_tokens` alone is frozen does.
+    adapts: those of whose kernels only LoRA adapters train. The adapters' own products, of a rank, are left out.
     sizes: as `forward_flops`.
   """
   total, before = 0.0, False  # something trains in a station before this one
   parts = _parts(config, **sizes)
   for stations in (('vision',), ('projector', 'compressor'), ('prefusion',), ('decoder',)):
-    here = any(name in trains for name in stations)
+    here = any(name in trains or name in adapts for name in stations)
     for name in stations:
       weights, attention = parts[name]
-      passes = before or name in trains
+      passes = before or name in trains or name in adapts
       total += weights * (1 + (name in trains) + passes) + attention * (1 + 2 * passes)
     before = before or here
   return total

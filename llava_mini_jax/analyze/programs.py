@@ -25,8 +25,8 @@ from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.infer.generate import decode_step, prefill
 from llava_mini_jax.infer.prompts import prompt_shape
 from llava_mini_jax.sharding import batch_sharding, check_batch, check_parameter, make_mesh, use_mesh
-from llava_mini_jax.train.optimizer import schedule
-from llava_mini_jax.train.step import make_trainer
+from llava_mini_jax.train.start import trainer_for
+from llava_mini_jax.train.throughput import trained_modules
 from llava_mini_jax.train.tree import abstract_model, flatten, merge
 from llava_mini_jax.types import Batch
 
@@ -111,7 +111,7 @@ def make_program(
   grid = make_mesh(mesh or experiment.train.mesh, devices)
   if step == 'train':
     rows = batch or experiment.train.batch_size
-    check_batch(rows, grid)
+    check_batch(rows, grid, experiment.train.accumulate)
     return _training(experiment, grid, rows)
   rows = batch or grid.shape['data'] * grid.shape['fsdp']
   check_batch(rows, grid)
@@ -119,21 +119,11 @@ def make_program(
 
 
 def _training(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
-  model, data, train = experiment.model, experiment.data, experiment.train
+  model, data = experiment.model, experiment.data
   limit = model.decoder.max_position_embeddings
   if data.row_length > limit:
     raise ConfigError(f'data.row_length: expected at most {limit}; found {data.row_length}')
-  trainer = make_trainer(
-    model,
-    mesh,
-    groups=train.groups,
-    factor=schedule(_ANY_NUMBER_OF_STEPS, train.warmup_ratio),
-    beta1=train.beta1,
-    beta2=train.beta2,
-    eps=train.eps,
-    weight_decay=train.weight_decay,
-    max_grad_norm=train.max_grad_norm,
-  )
+  trainer = trainer_for(experiment, mesh, _ANY_NUMBER_OF_STEPS)
   views = _views(experiment)
   shape = RowShape.for_model(
     model, length=data.row_length, visuals=data.visuals_per_row, fused_text=data.fused_text or None, views=views
@@ -148,9 +138,8 @@ def _training(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
     features=bool(data.features),
   )
   sizes = dict(length=shape.length, visuals=shape.visuals, fused_text=shape.fused_text, views=views)
-  trains = {path.split('/')[0] for path in flatten(trainer.abstract['params']) if path != 'decoder/embed_tokens'}
   state = trainer.abstract
-  model_flops = flops.training_flops(model, trains=trains, rows=rows, **sizes)
+  model_flops = flops.training_flops(model, **trained_modules(trainer), rows=rows, **sizes)
   if data.features:
     model_flops -= flops.forward_flops(model, rows=rows, **sizes).vision
   return Program(

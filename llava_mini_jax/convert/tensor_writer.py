@@ -12,8 +12,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import numpy as np
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.convert.tensor_files import CHECKSUMS, FLOATS, INDEX, SINGLE
 from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.staging import is_vacant, staged_directory
 
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 _UNITS = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
@@ -79,21 +78,14 @@ def new_directory(directory: Path) -> Iterator[Path]:
   Raises:
     DataError: E_EXISTS if there is one by that name that is not empty.
   """
-  directory = directory.absolute()
-  _require_vacant(directory)
-  # A name of its own: another process may be writing the same directory.
-  partial = directory.with_name(f'.{directory.name}.partial-{uuid.uuid4().hex[:8]}')
-  partial.mkdir(parents=True)
-  try:
+  _require_vacant(directory := directory.absolute())
+  with staged_directory(directory) as partial:
     yield partial
     _require_vacant(directory)
-    partial.rename(directory)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _require_vacant(directory: Path) -> None:
-  if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+  if not is_vacant(directory):
     raise DataError('E_EXISTS', str(directory), 'expected no such file or directory, or an empty one')
 
 

@@ -17,8 +17,6 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from tensorflow_datasets.proto import tf_example_pb2  # TFDS's own copy of the p
 
 from llava_mini_jax.data import video
 from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.staging import is_vacant, staged_directory
 
 Record = dict[str, Any]
 
@@ -61,29 +60,14 @@ def staged(directory: str | os.PathLike, *, force: bool = False) -> Iterator[Pat
     DataError: E_OUT_EXISTS, before the block runs.
   """
   directory = Path(directory).absolute()
-  occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+  occupied = not is_vacant(directory)
   if occupied and not (force and (directory / 'dataset_info.json').is_file()):
     reason = (
       'it is not a prepared dataset, so it is never replaced' if force else 'to replace the dataset in it, use --force'
     )
     raise DataError('E_OUT_EXISTS', str(directory), f'expected a new or empty directory; {reason}')
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  unique = uuid.uuid4().hex[:8]
-  temporary, old = (directory.parent / f'.{directory.name}.{kind}-{unique}' for kind in ('partial', 'old'))
-  temporary.mkdir()
-  try:
+  with staged_directory(directory, replace=occupied) as temporary:
     yield temporary
-    if occupied:
-      directory.rename(old)
-    try:
-      temporary.rename(directory)
-    except OSError:
-      if occupied:
-        old.rename(directory)
-      raise
-    shutil.rmtree(old, ignore_errors=True)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write(

@@ -13,13 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llava_mini_jax.config import ConfigError, require_choice
-from llava_mini_jax.convert.run_weights import is_imported, load_parameters, read_experiment
+from llava_mini_jax.convert.run_parameters import open_parameters
+from llava_mini_jax.convert.run_weights import newest_step, read_experiment
 from llava_mini_jax.data.tokenizer import load_tokenizer
 from llava_mini_jax.experiment import Experiment
-from llava_mini_jax.sharding import check_parameter, use_mesh
-from llava_mini_jax.train.checkpoint import Checkpoints
-from llava_mini_jax.train.errors import CheckpointError
-from llava_mini_jax.train.tree import abstract_model, flatten
+from llava_mini_jax.train.tree import sharded_model, unflatten
 
 # What a run can be asked with that it was not trained with: fields that neither add nor reshape a parameter.
 CHANGEABLE = (
@@ -35,6 +33,7 @@ CHANGEABLE = (
   'data.video_rule',
   'model.dtype',
   'model.visual_chunk',
+  'train.init_from',  # of a run with adapters, whose base may have moved
 )
 
 
@@ -61,16 +60,10 @@ def load_run(workdir: Path, mesh: Mesh, step: int | None = None, changes: Sequen
     DataError: the tokenizer is missing, or imported weights are damaged. MeshError: a parameter does not divide.
   """
   workdir = Path(workdir)
-  if step is None and not is_imported(workdir):
-    step = _newest(workdir)
+  step = newest_step(workdir) if step is None else step
   experiment = change_experiment(read_experiment(workdir, step), changes)
-  with use_mesh(mesh):
-    graphdef, abstract = abstract_model(experiment.model)
-    shardings = nnx.to_pure_dict(nnx.get_named_sharding(abstract, mesh))
-  where = flatten(shardings)
-  for path, leaf in flatten(nnx.to_pure_dict(abstract)).items():
-    check_parameter(path, leaf.shape, where[path])
-  params = load_parameters(workdir, shardings, step)
+  graphdef, leaves = sharded_model(experiment.model, mesh)
+  params = unflatten(open_parameters(workdir, step, base=experiment.train.init_from).load(leaves))
   return Loaded(experiment, load_tokenizer(workdir / 'tokenizer'), graphdef, params, mesh, step or 0, tuple(changes))
 
 
@@ -87,6 +80,8 @@ def change_experiment(experiment: Experiment, changes: Sequence[str]) -> Experim
     if not equals:
       raise ConfigError(f'set: expected section.field=value; found {change!r}')
     require_choice('set', name, CHANGEABLE)
+    if name == 'train.init_from' and not experiment.train.lora_rank:
+      raise ConfigError('set: train.init_from is read for runs with LoRA adapters alone; this one holds all parameters')
     section, field = name.split('.')
     values[section][field] = _literal(text)
   return Experiment.from_dict(values)
@@ -97,12 +92,3 @@ def _literal(text: str) -> Any:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it says of what is no literal
     return text
-
-
-def _newest(workdir: Path) -> int | None:
-  """Looked up once: a run that goes on may save another between two looks."""
-  directory = workdir / 'checkpoints'
-  if not directory.is_dir():
-    raise CheckpointError(f'no checkpoint: {directory} is not a directory')
-  with Checkpoints(directory) as checkpoints:
-    return checkpoints.latest_step

@@ -6,6 +6,7 @@ softmax run in float32. Parameters are float32 and are cast where they are used.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,12 +39,30 @@ def fan_in(*axes: int) -> Init:
 zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
 
 
-def linear(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """A kernel base[in, out] + scale · a[in, rank] · b[rank, out] that is never added up; stands where a kernel does."""
+
+  base: jax.Array
+  a: jax.Array
+  b: jax.Array
+  scale: float = dataclasses.field(metadata=dict(static=True))
+
+  def __getitem__(self, index: Any) -> LowRank:
+    if index is not Ellipsis:
+      raise TypeError(f'LowRank: expected [...]; found [{index}]')
+    return self
+
+
+def linear(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Array:
   """x[... in] · kernel[in, out], where `in` may be the last few axes of x (`inputs` of them) and `out` any number.
 
   The same as an einsum, but as one matrix product: XLA on CPUs computes the gradient of a product with more axes
   several times slower.
   """
+  if isinstance(kernel, LowRank):
+    return linear(x, kernel.base, inputs) + kernel.scale * linear(linear(x, kernel.a, inputs), kernel.b)
   lead, out = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
   size = math.prod(kernel.shape[:inputs])
   return (x.reshape(-1, size) @ kernel.astype(x.dtype).reshape(size, -1)).reshape(*lead, *out)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from llava_mini_jax.train.errors import CheckpointError
+from llava_mini_jax.train.errors import CheckpointError, mismatches
 from llava_mini_jax.train.tree import flatten, unflatten
 
 _POLICY = ocp.training.save_decision_policies
@@ -55,47 +56,57 @@ class Checkpoints:
       CheckpointError: no such step, a damaged one, or leaves that are missing, unexpected, misshaped or of another
         dtype.
     """
-    step = self._require(step)
+    step = self.require(step)
     meta = self.meta(step)
     with self._naming(step):
       self._compare(abstract, step)
       return self._checkpointer.load_checkpointables(step, {'state': abstract})['state'], meta
 
-  def restore_parameters(self, shardings: dict[str, Any], step: int | None = None) -> dict[str, Any]:
-    """Only the parameters (trained and frozen, as one nested dict), for inference.
+  def stored_parameters(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter that is there, trained or frozen, by path; reads none of them.
+
+    Raises:
+      CheckpointError: no such step, or a damaged one.
+    """
+    step = self.require(step)
+    with self._naming(step):
+      parts = self._parts(step)
+    return {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for part in parts.values() for p, x in part.items()}
+
+  def restore_parameters(
+    self, shardings: Mapping[str, jax.sharding.Sharding], step: int | None = None
+  ) -> dict[str, jax.Array]:
+    """Some parameters by path; what is not asked for is not read.
 
     Args:
-      shardings: of every parameter, nested like them.
+      shardings: of the parameters wanted, by path.
     Raises:
-      CheckpointError: no such step, a damaged one, or other parameters than `shardings` names.
+      CheckpointError: no such step, a damaged one, or one without a parameter that is wanted.
     """
-    step = self._require(step)
+    step = self.require(step)
     with self._naming(step):
-      return self._restore_parameters(flatten(shardings), step)
+      abstract, there = {}, self._parts(step)
+      for name, part in there.items():
+        here = shardings.keys() & part.keys()
+        wanted = {p: jax.ShapeDtypeStruct(part[p].shape, part[p].dtype, sharding=shardings[p]) for p in here}
+        abstract |= {name: unflatten(wanted)} if wanted else {}
+      if missing := sorted(shardings.keys() - {path for part in there.values() for path in part}):
+        raise CheckpointError(f'{self.directory}/{step}: missing {missing}')
+      if not abstract:
+        return {}
+      context = ocp.Context()
+      context.pytree.loading.partial_load = True
+      with context:
+        loaded = ocp.load(self.directory / str(step), abstract, checkpointable_name='state')
+    return {path: leaf for part in loaded.values() for path, leaf in flatten(part).items()}
 
-  def _restore_parameters(self, where: dict[str, Any], step: int) -> dict[str, Any]:
+  def _parts(self, step: int) -> dict[str, dict[str, Any]]:
     stored = self._checkpointer.checkpointables_metadata(step).metadata['state']
-    parts = {part: flatten(stored[part]) for part in ('params', 'frozen')}
-    found = {path for part in parts.values() for path in part}
-    if found != set(where):
-      raise CheckpointError(
-        f'{self.directory}/{step}: missing {sorted(set(where) - found)}, unexpected {sorted(found - set(where))}'
-      )
-    abstract = {
-      part: unflatten(
-        {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[path]) for path, leaf in leaves.items()}
-      )
-      for part, leaves in parts.items()
-    }
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-      loaded = ocp.load(self.directory / str(step), abstract, checkpointable_name='state')
-    return unflatten(flatten(loaded['params']) | flatten(loaded['frozen']))
+    return {name: flatten(stored[name]) for name in ('params', 'frozen') if name in stored}
 
   def meta(self, step: int | None = None) -> dict[str, Any]:
     """The meta alone. Raises CheckpointError if there is no such step, or its meta cannot be read."""
-    step = self._require(step)
+    step = self.require(step)
     with self._naming(step):
       meta = self._checkpointer.checkpointables_metadata(step).custom_metadata
     if not meta:  # Orbax only logs that the file is missing or broken
@@ -115,7 +126,8 @@ class Checkpoints:
   def __exit__(self, *_) -> None:
     self.close()
 
-  def _require(self, step: int | None) -> int:
+  def require(self, step: int | None = None) -> int:
+    """`step`, or the newest one. Raises CheckpointError if there is no such step."""
     steps = [c.step for c in self._checkpointer.checkpoints]
     if not steps or (step is not None and step not in steps):
       wanted = '' if step is None else f' of step {step}'
@@ -133,22 +145,16 @@ class Checkpoints:
 
   def _compare(self, abstract: dict[str, Any], step: int) -> None:
     """Orbax casts dtypes silently and reports one kind of mismatch at a time; list them all."""
-    stored = _leaves(self._checkpointer.checkpointables_metadata(step).metadata['state'])
-    wanted = _leaves(abstract)
-    faults = [f'{path}: missing' for path in sorted(wanted.keys() - stored.keys())]
-    faults += [f'{path}: unexpected' for path in sorted(stored.keys() - wanted.keys())]
-    for path in sorted(wanted.keys() & stored.keys()):
-      expected, found = (f'{leaf.dtype}{list(leaf.shape)}' for leaf in (wanted[path], stored[path]))
-      if expected != found:
-        faults.append(f'{path}: expected {expected}, found {found}')
+    stored = self._checkpointer.checkpointables_metadata(step).metadata['state']
+    faults = mismatches(_described(abstract), _described(stored))
     if faults:
       raise CheckpointError(f'{self.directory}/{step} does not fit this run:\n  ' + '\n  '.join(faults))
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-  """Leaves by path; named tuples, lists and dicts look alike on disk."""
+def _described(tree: Any) -> dict[str, str]:
+  """dtype[shape] of leaves by path; named tuples, lists and dicts look alike on disk."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {'/'.join(_key(entry) for entry in path): leaf for path, leaf in flat}
+  return {'/'.join(_key(entry) for entry in path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in flat}
 
 
 def _key(entry: Any) -> str:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llava_mini_jax.config import ConfigError, VisionConfig, require_choice
-from llava_mini_jax.convert.run_weights import starting_parameters
+from llava_mini_jax.convert.run_parameters import starting_parameters
 from llava_mini_jax.data import feature_writer
 from llava_mini_jax.data.features import DTYPES, Features, Layout, MixedFeatures, check_same, directory_of, settings_of
 from llava_mini_jax.data.inputs import media_processor
@@ -28,6 +28,7 @@ from llava_mini_jax.data.records import Split, open_split
 from llava_mini_jax.experiment import DataConfig, Experiment
 from llava_mini_jax.models.vision import VisionTower
 from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, replicated, use_mesh
+from llava_mini_jax.train.lora import PREFIX
 from llava_mini_jax.train.step import Trainer
 from llava_mini_jax.train.tree import flatten, unflatten
 
@@ -36,7 +37,7 @@ Progress = Callable[[int], object]
 
 def check_experiment(experiment: Experiment, trainer: Trainer) -> None:
   """Raises ConfigError for a run with features that trains the tower they come from."""
-  training = [path for path in flatten(trainer.abstract['params']) if path.startswith('vision/')]
+  training = [path for path in flatten(trainer.abstract['params']) if path.removeprefix(PREFIX).startswith('vision/')]
   if experiment.data.features and training:
     raise ConfigError(
       f'data.features: expected train.groups that freeze the vision tower; found {training[0]} training'

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from llava_mini_jax.config import ConfigError
-from llava_mini_jax.convert.run_weights import describe_start, is_imported
+from llava_mini_jax.convert.run_start import describe_start
+from llava_mini_jax.convert.run_weights import is_imported
 from llava_mini_jax.data.conversation import template_fingerprint
 from llava_mini_jax.data.inputs import Inputs, Order, load_inputs
 from llava_mini_jax.data.mixture import Mixture
@@ -26,10 +27,9 @@ from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import TrainingError
 from llava_mini_jax.train.features import check_experiment, check_tower
 from llava_mini_jax.train.metrics import LOG_NAME, MetricsLog
-from llava_mini_jax.train.optimizer import schedule
 from llava_mini_jax.train.plots import training_curves
-from llava_mini_jax.train.start import check_start, initial_state
-from llava_mini_jax.train.step import Trainer, make_trainer
+from llava_mini_jax.train.start import check_start, initial_state, resumed_state, trainer_for
+from llava_mini_jax.train.step import Trainer, saved_part
 from llava_mini_jax.train.throughput import Throughput
 from llava_mini_jax.train.tree import flatten
 
@@ -55,7 +55,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
   if is_imported(workdir):
     raise ConfigError(f'{workdir}: an imported run; name it in train.init_from and use another --workdir')
   mesh = make_mesh(config.mesh)
-  check_batch(config.batch_size, mesh)
+  check_batch(config.batch_size, mesh, config.accumulate)
   inputs = load_inputs(experiment.data, experiment.model, seed=config.seed, start=config.init_from)
   order = inputs.order(batch_size=config.batch_size, seed=config.seed, kept=workdir / SIZES_NAME)
   total = experiment.total_steps(inputs.rows(order, config.epochs))
@@ -71,25 +71,15 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
   )
 
   # -- state ---------------------------------------------------------------------------------------------------------
-  factor = schedule(total, config.warmup_ratio)
-  trainer = make_trainer(
-    experiment.model,
-    mesh,
-    groups=config.groups,
-    factor=factor,
-    beta1=config.beta1,
-    beta2=config.beta2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    max_grad_norm=config.max_grad_norm,
-  )
+  trainer = trainer_for(experiment, mesh, total)
   check_start(experiment, trainer)
   check_experiment(experiment, trainer)
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(workdir / 'checkpoints', keep=config.keep)
   with use_mesh(mesh), checkpoints, contextlib.closing(batches):
     meta = _meta(experiment, inputs, total)
-    state, start = _start(experiment, trainer, checkpoints, batches, meta)
+    state, start, base = _start(experiment, trainer, checkpoints, batches, meta)
+    meta |= base
     check_tower(inputs.features, experiment, trainer, state['frozen'])
     if jax.process_index() == 0:
       (workdir / 'config.json').write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
@@ -115,7 +105,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
           log.flush()
           pending = []
         if save:
-          checkpoints.save(step, state, meta | dict(data=batches.get_state()))
+          checkpoints.save(step, saved_part(trainer, state), meta | dict(data=batches.get_state()))
       checkpoints.wait()
   if jax.process_index() == 0:
     training_curves(workdir / LOG_NAME, workdir / 'curves.png')
@@ -132,24 +122,30 @@ def _check_finite(step: int, metrics: dict[str, float]) -> None:
 
 def _start(
   experiment: Experiment, trainer: Trainer, checkpoints: Checkpoints, batches: DeviceBatches, meta: dict[str, Any]
-) -> tuple[State, int]:
-  """The state to go on from, with the data moved to the same place, and its step."""
+) -> tuple[State, int, dict[str, Any]]:
+  """The state to go on from, with the data moved to the same place; its step; what its checkpoints say of its base."""
   step = checkpoints.latest_step
   if step is None:
-    return initial_state(experiment, trainer), 0
+    state, base = initial_state(experiment, trainer)
+    return state, 0, base
   stored = checkpoints.meta(step)
+  # Fields that there were none of when it was saved have the value that changes nothing.
+  stored['config'] = json.loads(json.dumps(Experiment.from_dict(stored['config']).to_dict()))
+  if trainer.lora:  # may have moved: fingerprints say whether it is the same
+    stored['config']['train']['init_from'] = experiment.train.init_from
   changed = differences({name: stored.get(name) for name in meta}, meta)
   if changed:
     lines = '\n  '.join(changed)
     raise ConfigError(f'{checkpoints.directory}: its run differs from this one; use another --workdir:\n  {lines}')
-  state, stored = checkpoints.restore(trainer.abstract, step)
+  state, stored = resumed_state(experiment, trainer, checkpoints, step)
   batches.set_state(stored['data'])
-  return state, step
+  base = {'base': stored['base'] | dict(run=experiment.train.init_from)} if trainer.lora else {}
+  return state, step, base
 
 
 # What a run may go on with as it likes: it changes no number, or is checked by what the path leads to.
 _FREE = re.compile(
-  r'config\.(train\.(log_every|save_every|keep|mesh)|data\.(workers|dataset|tokenizer|template|features)|'
+  r'config\.(train\.(log_every|save_every|keep|mesh|accumulate)|data\.(workers|dataset|tokenizer|template|features)|'
   r'model\.(scan\..*|visual_chunk)).*'
 )
 

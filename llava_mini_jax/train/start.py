@@ -1,23 +1,49 @@
-"""The state that a run begins with: random, or with the parameters of another run or of an imported checkpoint."""
+"""The trainer of a run, and the state that it begins with: random, or parameters of another run or an imported one."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from llava_mini_jax.config import ConfigError
-from llava_mini_jax.convert.run_weights import starting_parameters
+from llava_mini_jax.convert.run_parameters import open_base, starting_parameters
+from llava_mini_jax.convert.run_weights import newest_step, read_experiment
 from llava_mini_jax.experiment import Experiment
-from llava_mini_jax.train.step import State, Trainer
+from llava_mini_jax.train.checkpoint import Checkpoints
+from llava_mini_jax.train.fingerprint import fingerprints
+from llava_mini_jax.train.lora import PREFIX, lora_of
+from llava_mini_jax.train.optimizer import schedule
+from llava_mini_jax.train.step import State, Trainer, make_trainer, saved_part
 from llava_mini_jax.train.tree import flatten, unflatten
 
 _LISTED = 5
 
 
+def trainer_for(experiment: Experiment, mesh: Mesh, total_steps: int) -> Trainer:
+  """The trainer of a run of so many steps. Raises as `step.make_trainer`."""
+  config = experiment.train
+  return make_trainer(
+    experiment.model,
+    mesh,
+    groups=config.groups,
+    factor=schedule(total_steps, config.warmup_ratio),
+    lora=lora_of(config),
+    accumulate=config.accumulate,
+    param_dtype=config.param_dtype,
+    beta1=config.beta1,
+    beta2=config.beta2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    max_grad_norm=config.max_grad_norm,
+  )
+
+
 def check_start(experiment: Experiment, trainer: Trainer) -> None:
-  """Raises ConfigError if parameters would be frozen as they are at random."""
+  """Raises ConfigError if parameters would be frozen as they are at random, or adapters added to adapters."""
   frozen, config = flatten(trainer.abstract['frozen']), experiment.train
   if frozen and not config.init_from:
     raise ConfigError(
@@ -25,25 +51,54 @@ def check_start(experiment: Experiment, trainer: Trainer) -> None:
       'set train.init_from'
     )
 
+  if trainer.lora and read_experiment(config.init_from).train.lora_rank:
+    raise ConfigError(
+      f'train.init_from: {config.init_from} has LoRA adapters itself; export it with --merge_lora and import that'
+    )
 
-def initial_state(experiment: Experiment, trainer: Trainer) -> State:
-  """Step 0; call under `use_mesh(trainer.mesh)`.
 
+def initial_state(experiment: Experiment, trainer: Trainer) -> tuple[State, dict[str, Any]]:
+  """Step 0, and what its checkpoints have to say of it; call under `use_mesh(trainer.mesh)`.
+
+  Returns:
+    The state. With adapters {'base': {run, step, fingerprints}}: where what is frozen is stored, and what it was.
   Raises:
-    ConfigError: `init_from` lacks a parameter that `init_fresh` does not name. CheckpointError, DataError: as
-      `run_weights.starting_parameters`.
+    ConfigError: `init_from` lacks a parameter that `init_fresh` does not name, or that adapters need. CheckpointError,
+      DataError: as `run_parameters.starting_parameters`.
   """
-  config = experiment.train
-  state = trainer.init(jax.random.key(config.seed))
+  config, key = experiment.train, jax.random.key(experiment.train.seed)
   if not config.init_from:
-    return state
-  loaded = starting_parameters(Path(config.init_from), experiment.model, trainer.mesh)
-  parts = {part: flatten(state[part]) for part in ('params', 'frozen')}
+    return trainer.init(key), {}
+  step = newest_step(config.init_from)
+  loaded = starting_parameters(Path(config.init_from), experiment.model, trainer.mesh, step, config.param_dtype)
+  parts = {part: flatten(trainer.abstract[part]) for part in ('params', 'frozen')}
+  fresh = [re.compile(pattern) for pattern in config.init_fresh] + [re.compile(f'{PREFIX}.*')]
   absent = [path for part in parts.values() for path in part if path not in loaded]
-  absent = [path for path in absent if not any(re.fullmatch(pattern, path) for pattern in config.init_fresh)]
+  absent = [path for path in absent if not any(pattern.fullmatch(path) for pattern in fresh)]
   if absent:
     listed = ', '.join(absent[:_LISTED]) + (f' and {len(absent) - _LISTED} more' if len(absent) > _LISTED else '')
     raise ConfigError(f'{config.init_from} does not have {listed}; name in train.init_fresh what shall start anew')
-  for part in parts.values():
-    part |= {path: loaded[path] for path in part if path in loaded}
-  return state | {name: unflatten(part) for name, part in parts.items()}
+  if not trainer.lora:
+    return trainer.init(key, loaded), {}
+  if lost := [path for path in parts['frozen'] if path not in loaded]:
+    raise ConfigError(f'train.groups freeze {lost[0]}, which starts anew; a checkpoint of adapters would not hold it')
+  state = trainer.init(key, loaded)
+  found = fingerprints(flatten(state['frozen']))
+  return state, dict(base=dict(run=config.init_from, step=step, fingerprints=found))
+
+
+def resumed_state(
+  experiment: Experiment, trainer: Trainer, checkpoints: Checkpoints, step: int
+) -> tuple[State, dict[str, Any]]:
+  """The state of a checkpoint, and its meta; what adapters were trained on comes from `train.init_from`.
+
+  Raises:
+    CheckpointError: as `Checkpoints.restore`; a base that is gone, or has other numbers than it had.
+  """
+  state, meta = checkpoints.restore(saved_part(trainer, trainer.abstract), step)
+  if trainer.lora:
+    base = open_base(
+      experiment.model, meta['base'] | dict(run=experiment.train.init_from), experiment.train.param_dtype
+    )
+    state['frozen'] = unflatten(base.load(flatten(trainer.abstract['frozen'])))
+  return state, meta

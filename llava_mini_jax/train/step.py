@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,13 @@ from jax.sharding import Mesh
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.models.llava_mini import build
-from llava_mini_jax.sharding import check_parameter, replicated, use_mesh
+from llava_mini_jax.sharding import replicated, use_mesh
+from llava_mini_jax.train.accumulation import gradients
+from llava_mini_jax.train.lora import Lora, abstract_adapters, attach, check_groups, draw_adapters
 from llava_mini_jax.train.loss import next_token_loss
 from llava_mini_jax.train.optimizer import assign_groups, make_optimizer
-from llava_mini_jax.train.tree import abstract_model, flatten, merge, unflatten
+from llava_mini_jax.train.rounding import apply_updates
+from llava_mini_jax.train.tree import flatten, merge, sharded_model, unflatten
 from llava_mini_jax.types import Batch
 
 State = dict[str, Any]
@@ -36,10 +39,17 @@ class Trainer:
   graphdef: nnx.GraphDef
   shardings: State  # NamedSharding of every leaf of the state
   abstract: State  # ShapeDtypeStruct with sharding of every leaf
-  init: Callable[[jax.Array], State]  # key -> state, created sharded
+  lora: Lora | None
+  # (key, parameters by path) -> state, created sharded; holds the parameters given, and computes only the others.
+  init: Callable[..., State]
   # (state, batch) -> (state, metrics {loss, accuracy, target_tokens, grad_norm, learning_rate}); donates the state.
   # grad_norm is before clipping, learning_rate that of the fastest group.
   step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+
+
+def saved_part(trainer: Trainer, state: State) -> State:
+  """What a checkpoint holds of the state (or of its shardings or shapes): with adapters, not what is frozen."""
+  return {name: part for name, part in state.items() if name != 'frozen'} if trainer.lora else state
 
 
 def split_frozen(flat: dict[str, Any], rates: dict[str, float | None]) -> tuple[dict, dict]:
@@ -54,48 +64,69 @@ def make_trainer(
   *,
   groups: Sequence[tuple[str, float | str]],
   factor: optax.Schedule,
+  lora: Lora | None = None,
+  accumulate: int = 1,
+  param_dtype: str = 'float32',
   **optimizer: float,
 ) -> Trainer:
   """Builds init and step for a model on a mesh; allocates no parameter.
 
   Args:
-    groups: see `optimizer.assign_groups`. factor: learning-rate schedule of peak 1.
+    groups: see `optimizer.assign_groups`; adapters are parameters too. factor: learning-rate schedule of peak 1.
+    accumulate: micro-steps of a step; see `accumulation.gradients`.
+    param_dtype: of the parameters, see `rounding`; adapters and the optimizer's moments are float32.
     optimizer: beta1, beta2, eps, weight_decay, max_grad_norm.
   Raises:
-    ConfigError: a bad group table. MeshError: a parameter that does not divide over the mesh.
+    ConfigError: a bad group table, or LoRA targets that cannot be. MeshError: a parameter that does not divide.
   """
-  with use_mesh(mesh):
-    graphdef, abstract_params = abstract_model(config)
-    param_shardings = flatten(nnx.to_pure_dict(nnx.get_named_sharding(abstract_params, mesh)))
-  for path, leaf in flatten(nnx.to_pure_dict(abstract_params)).items():
-    check_parameter(path, leaf.shape, param_shardings[path])
-  rates = assign_groups(param_shardings, groups)
+  graphdef, leaves = sharded_model(config, mesh, jnp.dtype(param_dtype))
+  adapters = abstract_adapters(leaves, lora) if lora else {}
+  leaves |= adapters
+  rates = assign_groups(leaves, groups)
+  check_groups(rates)
   tx = make_optimizer(unflatten({p: r for p, r in rates.items() if r is not None}), factor, **optimizer)
 
-  def init(key: jax.Array) -> State:
-    flat = flatten(nnx.to_pure_dict(nnx.split(build(config, key))[1]))
-    params, frozen = split_frozen(flat, rates)
-    return dict(step=jnp.int32(0), params=params, frozen=frozen, opt=tx.init(params))
-
   peak_rate = max(rate for rate in rates.values() if rate is not None)
-  with use_mesh(mesh):
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+  params_abstract, frozen_abstract = split_frozen(leaves, rates)
   one = replicated(mesh)
-  params_sh, frozen_sh = split_frozen(param_shardings, rates)
-  opt_sh = optax.tree.map_params(tx, lambda _, s: s, shapes['opt'], params_sh, transform_non_params=lambda _: one)
+
+  def init_optimizer(params):
+    return tx.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+
+  with use_mesh(mesh):
+    opt_abstract = jax.eval_shape(init_optimizer, params_abstract)
+  params_sh, frozen_sh = (jax.tree.map(lambda leaf: leaf.sharding, part) for part in (params_abstract, frozen_abstract))
+  opt_sh = optax.tree.map_params(tx, lambda _, s: s, opt_abstract, params_sh, transform_non_params=lambda _: one)
   shardings = dict(step=one, params=params_sh, frozen=frozen_sh, opt=opt_sh)
+  shapes = dict(step=jnp.int32(0), params=params_abstract, frozen=frozen_abstract, opt=opt_abstract)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+  def init(key: jax.Array, given: Mapping[str, jax.Array] | None = None) -> State:
+    given = dict(given or {})
+    fresh = {path: leaf.sharding for path, leaf in leaves.items() if path not in given}
+
+    @functools.partial(jax.jit, out_shardings=fresh)
+    def draw(key):  # the compiler drops what is not returned
+      flat = flatten(nnx.to_pure_dict(nnx.split(build(config, key))[1]))
+      flat |= draw_adapters(key, adapters)
+      return {path: flat[path].astype(leaves[path].dtype) for path in fresh}
+
+    params, frozen = split_frozen(given | draw(key), rates)
+    opt = jax.jit(init_optimizer, out_shardings=opt_sh)(params)
+    return dict(step=jax.device_put(jnp.int32(0), one), params=params, frozen=frozen, opt=opt)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, one))
   def step(state: State, batch: Batch):
-    def loss_fn(params):
-      logits = merge(graphdef, params, state['frozen'])(batch)
+    def loss_fn(params, batch):
+      flat = flatten(params) | flatten(state['frozen'])
+      logits = merge(graphdef, attach(flat, lora.scale) if lora else flat)(batch)
       return next_token_loss(logits, batch.targets, batch.loss_mask)
 
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state['params'])
+    (loss, metrics), grads = gradients(loss_fn, state['params'], batch, accumulate, shardings['params'])
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
     updates, opt = tx.update(grads, state['opt'], state['params'])
     metrics |= dict(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=peak_rate * factor(state['step']))
-    new = dict(state, step=state['step'] + 1, params=optax.apply_updates(state['params'], updates), opt=opt)
+    new = dict(state, step=state['step'] + 1, params=apply_updates(state['params'], updates, state['step']), opt=opt)
     return new, metrics
 
-  return Trainer(mesh, graphdef, shardings, abstract, jax.jit(init, out_shardings=shardings), step)
+  return Trainer(mesh, graphdef, shardings, abstract, lora, init, step)

@@ -10,6 +10,7 @@ import numpy as np
 
 from llava_mini_jax.analyze.flops import forward_flops, peak_flops, training_flops
 from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.train.lora import PREFIX, adapted_paths
 from llava_mini_jax.train.step import Trainer
 from llava_mini_jax.train.tree import flatten
 from llava_mini_jax.types import Batch
@@ -20,11 +21,18 @@ def _share_in_use(segment_ids: jax.Array) -> jax.Array:
   return (segment_ids > 0).mean()
 
 
+def trained_modules(trainer: Trainer) -> dict[str, set[str]]:
+  """`trains` and `adapts` of `flops.training_flops`."""
+  paths = flatten(trainer.abstract['params'])
+  own = {path for path in paths if not path.startswith(PREFIX) and path != 'decoder/embed_tokens'}
+  return {name: {path.split('/')[0] for path in of} for name, of in (('trains', own), ('adapts', adapted_paths(paths)))}
+
+
 class Throughput:
   def __init__(self, config: LlavaMiniConfig, trainer: Trainer):
     self._config = config
-    trains = {path.split('/')[0] for path in flatten(trainer.abstract['params']) if path != 'decoder/embed_tokens'}
-    self._flops_of = functools.cache(lambda sizes: training_flops(config, trains=trains, **dict(sizes)))
+    modules = trained_modules(trainer)
+    self._flops_of = functools.cache(lambda sizes: training_flops(config, **modules, **dict(sizes)))
     self._peak = peak_flops(config.dtype)
     self._time: float | None = None
     self._reset()

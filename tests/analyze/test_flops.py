@@ -20,6 +20,7 @@ from llava_mini_jax.analyze import flops
 from llava_mini_jax.analyze.flops import forward_flops, peak_flops, training_flops
 from llava_mini_jax.config import LlavaMiniConfig, ScanConfig
 from llava_mini_jax.sharding import make_mesh, use_mesh
+from llava_mini_jax.train.lora import Lora
 from llava_mini_jax.train.step import make_trainer
 from llava_mini_jax.train.tree import abstract_model
 from llava_mini_jax.types import Batch
@@ -108,9 +109,9 @@ def test_every_component_is_larger_than_what_the_tests_let_pass():
   assert min(parts.values()) > 0.02 * sum(parts.values())
 
 
-def step_flops(config: LlavaMiniConfig, groups, sizes) -> int:
+def step_flops(config: LlavaMiniConfig, groups, sizes, lora: Lora | None = None) -> int:
   mesh = make_mesh((1, 1, 1), jax.devices()[:1])
-  trainer = make_trainer(config, mesh, groups=groups, factor=lambda step: jnp.float32(1))
+  trainer = make_trainer(config, mesh, groups=groups, factor=lambda step: jnp.float32(1), lora=lora)
   with use_mesh(mesh):
     return dot_flops(jax.make_jaxpr(trainer.step)(trainer.abstract, abstract_batch(config, **sizes)).jaxpr)
 
@@ -149,3 +150,16 @@ def test_peak_of_a_known_and_of_an_unknown_device(monkeypatch):
   assert measured > 1e8
   monkeypatch.setitem(flops.PEAK_FLOPS, kind, 5.0)
   assert peak_flops('float32') == 5.0 * jax.device_count()
+
+
+@pytest.mark.parametrize(('groups', 'trains'), [((), ()), ((('projector/.*', 1e-4),), ('projector',))])
+def test_adapters_need_no_gradient_of_the_kernels_they_are_added_to(groups, trains):
+  """What they cost themselves is proportional to their rank, so that two ranks tell what a rank of zero would."""
+  config, sizes = CASES['vicuna_7b']
+  config = dataclasses.replace(config, scan=ScanConfig(remat='none'))
+  groups = (('lora/.*', 1e-4), *groups, *REST)
+  one, two = (step_flops(config, groups, sizes, lora=Lora(rank, 1.0, ('decoder/layers/.*_proj',))) for rank in (1, 2))
+  counted = 2 * one - two
+  formula = training_flops(config, trains=trains, adapts=('decoder',), **sizes)
+  assert abs(formula - counted) <= 0.01 * counted
+  assert training_flops(config, trains=('decoder', *trains), **sizes) > 1.3 * counted

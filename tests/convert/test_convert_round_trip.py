@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
 from small_model import quick_jit, random_params
 from torch_parity import close
 
@@ -26,7 +25,7 @@ from llava_mini_jax.config import (
 from llava_mini_jax.convert.export_model import export_model
 from llava_mini_jax.convert.import_model import Sources, import_model
 from llava_mini_jax.convert.released import from_released
-from llava_mini_jax.convert.run_weights import load_parameters, starting_parameters
+from llava_mini_jax.convert.run_parameters import open_parameters, starting_parameters
 from llava_mini_jax.convert.tensor_files import TensorFiles
 from llava_mini_jax.data.conversation import IMAGE_TAG
 from llava_mini_jax.data.errors import DataError
@@ -34,9 +33,9 @@ from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 from llava_mini_jax.infer.answer import Answerer
 from llava_mini_jax.infer.load import load_run
 from llava_mini_jax.infer.prompts import Prompt
-from llava_mini_jax.sharding import make_mesh, use_mesh
+from llava_mini_jax.sharding import make_mesh
 from llava_mini_jax.train.checkpoint import CheckpointError, Checkpoints
-from llava_mini_jax.train.tree import abstract_model, flatten, merge, parameter_shapes, unflatten
+from llava_mini_jax.train.tree import abstract_model, flatten, merge, parameter_shapes, sharded_model, unflatten
 
 MESHES = {'fsdp': (1, 8, 1), 'tensor': (1, 4, 2), 'one': (1, 1, 1)}
 
@@ -47,8 +46,7 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
 
 
 def shardings_of(config: LlavaMiniConfig, mesh: jax.sharding.Mesh) -> dict:
-  with use_mesh(mesh):
-    return nnx.to_pure_dict(nnx.get_named_sharding(abstract_model(config)[1], mesh))
+  return {path: leaf.sharding for path, leaf in sharded_model(config, mesh)[1].items()}
 
 
 @pytest.fixture(scope='module')
@@ -161,7 +159,7 @@ def test_straight_to_the_mesh(released, name):
   """Every device gets its slice; together they are what is on disk."""
   run = load_run(released / 'run', mesh_of(name))
   same_bits(flatten(run.params), weights_of(released / 'run'))
-  wanted = flatten(shardings_of(run.experiment.model, run.mesh))
+  wanted = shardings_of(run.experiment.model, run.mesh)
   split = 0
   for path, leaf in flatten(run.params).items():
     assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
@@ -242,7 +240,7 @@ def test_a_trained_run_out_and_in(tmp_path, released):
     export_model(root / 'run', root / 'out')
     assert import_model(Sources(whole=str(root / 'out')), root / 'again').model == model
     same_bits(weights_of(root / 'again'), params)
-    same_bits(flatten(load_parameters(root / 'run', shardings_of(model, mesh_of('fsdp')))), params)
+    same_bits(open_parameters(root / 'run').load(sharded_model(model, mesh_of('fsdp'))[1]), params)
 
 
 def test_a_start_for_training(tmp_path, released):
@@ -251,7 +249,7 @@ def test_a_start_for_training(tmp_path, released):
   tower = dataclasses.replace(model.vision, keep_unused_layers=False)
   bare = dict(vision=tower, compressor=CompressorConfig(kind='none'), prefusion=PrefusionConfig(num_layers=0))
   stage1 = dataclasses.replace(model, **bare)
-  wanted = flatten(shardings_of(stage1, mesh))
+  wanted = shardings_of(stage1, mesh)
   found = starting_parameters(released / 'run', stage1, mesh)
   assert found.keys() == parameter_shapes(stage1).keys()
   for path, leaf in found.items():

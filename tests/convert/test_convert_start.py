@@ -14,7 +14,8 @@ import pytest
 
 from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig, RopeScaling
 from llava_mini_jax.convert.import_model import Sources, import_model
-from llava_mini_jax.convert.run_weights import describe_start, starting_parameters
+from llava_mini_jax.convert.run_parameters import starting_parameters
+from llava_mini_jax.convert.run_start import describe_start
 from llava_mini_jax.sharding import make_mesh
 from llava_mini_jax.train.checkpoint import CheckpointError
 

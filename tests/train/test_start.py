@@ -15,6 +15,7 @@ from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.inputs import load_inputs, tokenizer_directory
 from llava_mini_jax.infer.load import load_run
 from llava_mini_jax.sharding import make_mesh, use_mesh
+from llava_mini_jax.train import start as train_start
 from llava_mini_jax.train.errors import CheckpointError
 from llava_mini_jax.train.start import check_start, initial_state
 from llava_mini_jax.train.step import make_trainer
@@ -37,7 +38,7 @@ def start(base, *, groups=ALL, model=MODEL, **train) -> dict[str, np.ndarray]:
   trainer = make_trainer(model, mesh, groups=groups, factor=lambda step: 1.0)
   check_start(run, trainer)
   with use_mesh(mesh):
-    state = initial_state(run, trainer)
+    state, _ = initial_state(run, trainer)
   assert int(state['step']) == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(state['opt']))
   expected = flatten(trainer.shardings['params']) | flatten(trainer.shardings['frozen'])
   found = flatten(state['params']) | flatten(state['frozen'])
@@ -117,3 +118,27 @@ def test_the_tokenizer_comes_along(base, tmp_path):
   assert load_inputs(run.data, run.model, start=str(tmp_path)).tokenizer.get_vocab()
   named = dataclasses.replace(run.data, tokenizer='elsewhere')
   assert str(tokenizer_directory(named, str(tmp_path))) == 'elsewhere'
+
+
+def test_what_is_loaded_is_in_memory_once(base, monkeypatch):
+  """The state holds the very buffers that were loaded; only what starts anew is drawn at random."""
+  run = experiment(make_dataset(base), init_from='elsewhere', init_fresh=('prefusion/.*',))
+  mesh = make_mesh((1, 8, 1))
+  trainer = make_trainer(MODEL, mesh, groups=ALL, factor=lambda step: 1.0)
+  shardings = flatten(trainer.shardings['params'])
+  kept = {
+    path: jax.device_put(np.zeros(leaf.shape, leaf.dtype), shardings[path])
+    for path, leaf in flatten(trainer.abstract['params']).items()
+    if not path.startswith('prefusion/')
+  }
+  monkeypatch.setattr(train_start, 'starting_parameters', lambda *_: kept)
+
+  def buffers(array):
+    return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+  before = {path: buffers(leaf) for path, leaf in kept.items()}
+  with use_mesh(mesh):
+    params = flatten(initial_state(run, trainer)[0]['params'])
+  assert params.keys() - kept.keys() == {path for path in params if path.startswith('prefusion/')}
+  for path, pointers in before.items():
+    assert buffers(params[path]) == pointers, path
