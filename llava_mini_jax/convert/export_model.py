@@ -59,8 +59,8 @@ def export_model(
   experiment = read_experiment(workdir, step)
   model, train = experiment.model, experiment.train
   if bool(train.lora_rank) != merge_lora:
-    found = f'LoRA adapters for {train.init_from}: --merge_lora adds them to it' if train.lora_rank else 'none to merge'
-    raise ConfigError(f'{workdir} has {found}')
+    adapters = f'LoRA adapters for {train.init_from}: --merge_lora adds them to it'
+    raise ConfigError(f'{workdir} has {adapters if train.lora_rank else "no LoRA adapters"}')
   config, vision = to_hf_config(model, dtype, experiment.data)
   rules = (RELEASED if model.compressor.kind == 'query' else LLAVA).rules()
   planned = _planned(open_parameters(workdir, step, base=base).read, rules, parameter_shapes(model), DTYPES[dtype])

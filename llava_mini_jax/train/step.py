@@ -58,6 +58,28 @@ def split_frozen(flat: dict[str, Any], rates: dict[str, float | None]) -> tuple[
   return unflatten(trainable), unflatten({path: leaf for path, leaf in flat.items() if path not in trainable})
 
 
+def _init_optimizer(tx: optax.GradientTransformation, params: Any) -> Any:
+  """In float32, whatever the parameters are."""
+  return tx.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+
+
+def _abstract_state(
+  leaves: Mapping[str, jax.ShapeDtypeStruct],
+  rates: dict[str, float | None],
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+) -> State:
+  """Shape, dtype and sharding of every leaf of the state, from those of the parameters by path."""
+  params, frozen = split_frozen(dict(leaves), rates)
+  with use_mesh(mesh):
+    opt = jax.eval_shape(functools.partial(_init_optimizer, tx), params)
+  one = replicated(mesh)
+  like_params = jax.tree.map(lambda leaf: leaf.sharding, params)
+  where = optax.tree.map_params(tx, lambda _, s: s, opt, like_params, transform_non_params=lambda _: one)
+  opt = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), opt, where)
+  return dict(step=jax.ShapeDtypeStruct((), jnp.int32, sharding=one), params=params, frozen=frozen, opt=opt)
+
+
 def make_trainer(
   config: LlavaMiniConfig,
   mesh: Mesh,
@@ -87,19 +109,8 @@ def make_trainer(
   tx = make_optimizer(unflatten({p: r for p, r in rates.items() if r is not None}), factor, **optimizer)
 
   peak_rate = max(rate for rate in rates.values() if rate is not None)
-  params_abstract, frozen_abstract = split_frozen(leaves, rates)
-  one = replicated(mesh)
-
-  def init_optimizer(params):
-    return tx.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
-
-  with use_mesh(mesh):
-    opt_abstract = jax.eval_shape(init_optimizer, params_abstract)
-  params_sh, frozen_sh = (jax.tree.map(lambda leaf: leaf.sharding, part) for part in (params_abstract, frozen_abstract))
-  opt_sh = optax.tree.map_params(tx, lambda _, s: s, opt_abstract, params_sh, transform_non_params=lambda _: one)
-  shardings = dict(step=one, params=params_sh, frozen=frozen_sh, opt=opt_sh)
-  shapes = dict(step=jnp.int32(0), params=params_abstract, frozen=frozen_abstract, opt=opt_abstract)
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  abstract = _abstract_state(leaves, rates, tx, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
   def init(key: jax.Array, given: Mapping[str, jax.Array] | None = None) -> State:
     given = dict(given or {})
@@ -112,10 +123,10 @@ def make_trainer(
       return {path: flat[path].astype(leaves[path].dtype) for path in fresh}
 
     params, frozen = split_frozen(given | draw(key), rates)
-    opt = jax.jit(init_optimizer, out_shardings=opt_sh)(params)
-    return dict(step=jax.device_put(jnp.int32(0), one), params=params, frozen=frozen, opt=opt)
+    opt = jax.jit(functools.partial(_init_optimizer, tx), out_shardings=shardings['opt'])(params)
+    return dict(step=jax.device_put(jnp.int32(0), shardings['step']), params=params, frozen=frozen, opt=opt)
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, one))
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
   def step(state: State, batch: Batch):
     def loss_fn(params, batch):
       flat = flatten(params) | flatten(state['frozen'])
