@@ -14,7 +14,7 @@ import optax
 import pytest
 import torch
 from small_model import lay_out, quick_jit, random_params, random_sample, small_config, structure
-from tiny_run import experiment, make_dataset, trained
+from tiny_run import MODEL, experiment, make_dataset
 from torch_parity import close
 
 from llava_mini_jax.config import ConfigError
@@ -294,15 +294,26 @@ def root(tmp_path_factory):
   return tmp_path_factory.getbasetemp()
 
 
-def lora_experiment(root, **changes):
-  return experiment(make_dataset(root), **{'init_from': str(trained(root)), **RUN_LORA, **changes})
+@pytest.fixture(scope='module')
+def start(root, tmp_path_factory):
+  """A run of random parameters, at step 3. Never to be written to."""
+  workdir, dataset = tmp_path_factory.mktemp('start') / 'run', make_dataset(root)
+  state = dict(params=unflatten(random_params(MODEL)), frozen={}, step=np.array(3, np.int32))
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    checkpoints.save(3, state, dict(config=json.loads(json.dumps(experiment(dataset).to_dict()))))
+  shutil.copytree(dataset / 'tokenizer', workdir / 'tokenizer')
+  return workdir
+
+
+def lora_experiment(root, start, **changes):
+  return experiment(make_dataset(root), **{'init_from': str(start), **RUN_LORA, **changes})
 
 
 @pytest.fixture(scope='module')
-def adapted(root, tmp_path_factory):
+def adapted(root, start, tmp_path_factory):
   """A run of six steps. Never to be written to."""
   workdir = tmp_path_factory.mktemp('adapted') / 'run'
-  train(lora_experiment(root), workdir)
+  train(lora_experiment(root, start), workdir)
   return workdir
 
 
@@ -315,23 +326,23 @@ def metrics_of(workdir) -> list[dict]:
   return [{n: row[n] for n in kept} for row in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())]
 
 
-def test_a_checkpoint_holds_what_trained_and_names_its_base(adapted, root):
+def test_a_checkpoint_holds_what_trained_and_names_its_base(adapted, start):
   with Checkpoints(adapted / 'checkpoints') as checkpoints:
     stored, meta = checkpoints.stored_parameters(), checkpoints.meta()
   assert all(path.startswith(('lora/decoder/layers/', 'projector/')) for path in stored)
   assert sum(path.startswith('lora/') for path in stored) == 14
-  base = load_run(trained(root), one_device())
+  base = load_run(start, one_device())
   frozen = {path: leaf for path, leaf in flatten(base.params).items() if not path.startswith('projector/')}
-  assert meta['base'] == dict(run=str(trained(root)), step=base.step, fingerprints=fingerprints(frozen))
+  assert meta['base'] == dict(run=str(start), step=base.step, fingerprints=fingerprints(frozen))
 
 
-def test_a_run_that_goes_on_is_exact(adapted, root, tmp_path):
+def test_a_run_that_goes_on_is_exact(adapted, root, start, tmp_path):
   """From the checkpoint of step 4, and with the base somewhere else."""
   workdir = tmp_path / 'run'
   shutil.copytree(adapted, workdir)
   shutil.rmtree(workdir / 'checkpoints' / '6')
-  moved = shutil.copytree(trained(root), tmp_path / 'moved')
-  train(lora_experiment(root, init_from=str(moved)), workdir)
+  moved = shutil.copytree(start, tmp_path / 'moved')
+  train(lora_experiment(root, moved), workdir)
   assert metrics_of(workdir) == metrics_of(adapted)
   found, expected = (load_run(path, one_device()).params for path in (workdir, adapted))
   jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -339,9 +350,9 @@ def test_a_run_that_goes_on_is_exact(adapted, root, tmp_path):
     assert checkpoints.meta()['base']['run'] == str(moved)
 
 
-def test_a_run_is_read_merged(adapted, root):
+def test_a_run_is_read_merged(adapted, start):
   """On one device and on eight: base + alpha / rank · A · B, and what trained besides."""
-  base = flatten(load_run(trained(root), one_device()).params)
+  base = flatten(load_run(start, one_device()).params)
   with Checkpoints(adapted / 'checkpoints') as checkpoints:
     where = dict.fromkeys(checkpoints.stored_parameters(), jax.devices()[0])
     own = checkpoints.restore_parameters(
@@ -359,12 +370,12 @@ def test_a_run_is_read_merged(adapted, root):
   assert np.abs(expected['decoder/layers/mlp/up_proj'] - base['decoder/layers/mlp/up_proj']).max() > 1e-4
 
 
-def test_a_base_that_is_gone_or_another(adapted, root, tmp_path):
+def test_a_base_that_is_gone_or_another(adapted, start, tmp_path):
   with pytest.raises(CheckpointError, match='^the run that the adapters were trained on: no checkpoint: '):
     load_run(adapted, one_device(), changes=[f'train.init_from={tmp_path}/none'])
-  moved = shutil.copytree(trained(root), tmp_path / 'moved')
+  moved = shutil.copytree(start, tmp_path / 'moved')
   load_run(adapted, one_device(), changes=[f'train.init_from={moved}'])
-  source = load_run(trained(root), one_device())
+  source = load_run(start, one_device())
   params = flatten(source.params)
   params['decoder/norm/weight'] = params['decoder/norm/weight'].at[3].add(1e-6)
   with Checkpoints(tmp_path / 'other' / 'checkpoints') as checkpoints:
@@ -376,11 +387,11 @@ def test_a_base_that_is_gone_or_another(adapted, root, tmp_path):
   with pytest.raises(CheckpointError, match=message):
     open_parameters(adapted, base=str(tmp_path / 'other')).read('decoder/norm/weight')
   with pytest.raises(ConfigError, match='^set: train.init_from is read for runs with LoRA adapters alone'):
-    load_run(trained(root), one_device(), changes=['train.init_from=x'])
+    load_run(start, one_device(), changes=['train.init_from=x'])
 
 
 def test_a_run_starts_from_an_adapted_one_but_adapters_do_not(adapted, root, tmp_path):
-  again = lora_experiment(root, init_from=str(adapted))
+  again = lora_experiment(root, adapted)
   with pytest.raises(ConfigError, match='adapted0/run has LoRA adapters itself; export it with --merge_lora'):
     train(again, tmp_path / 'again')
   plain = experiment(make_dataset(root), init_from=str(adapted), max_steps=1, groups=(('.*', 1e-9),))
