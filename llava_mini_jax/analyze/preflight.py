@@ -141,19 +141,21 @@ def suggestion(report: Preflight) -> str:
   if report.fits:
     return ''
   state = sum(size for kind, size in report.memory.items() if 'param' in kind or kind in ('optimizer', 'cache'))
-  rest = report.used - state
+  rest, training = report.used - state, report.step == 'train'
   if state > 0.9 * report.capacity:
     shards = report.mesh['fsdp'] * report.mesh['tensor']
     wider = f'--mesh=1,{report.devices},1' if shards < report.devices else 'a larger topology'
-    return f'parameters and optimizer alone take {state / GIB:.1f} GiB per device: {wider}'
+    smaller = ', or --config.train.param_dtype=bfloat16' if training else ''
+    return f'what stays in memory takes {state / GIB:.1f} GiB per device: {wider}{smaller}'
   rows = report.rows // (report.mesh['data'] * report.mesh['fsdp'])
-  fewer = int(rows * (report.capacity - state) / rest)
-  if fewer:
-    return f'rows take {rest / rows / GIB:.1f} GiB each: --batch={fewer * report.rows // rows}, or more chips'
+  fitting = int(rows * (report.capacity - state) / rest)
+  if fitting:
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= fitting)
+    change = f'--config.train.accumulate={parts}' if training else f'--batch={report.rows // parts}'
+    return f'rows take {rest / rows / GIB:.1f} GiB each: {change}, or more chips'
   chunk = ', --config.model.visual_chunk=4' if report.sizes.get('visuals', 1) > 1 else ''
   return (
-    f'one row takes {rest / GIB:.1f} GiB: --config.model.scan.remat=full, a shorter --config.data.row_length{chunk}, '
-    'or a tensor axis in --mesh'
+    f'one row takes {rest / rows / GIB:.1f} GiB: a shorter --config.data.row_length{chunk}, or a tensor axis in --mesh'
   )
 
 

@@ -24,10 +24,10 @@ from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.infer.generate import decode_step, prefill
 from llava_mini_jax.infer.prompts import prompt_shape
-from llava_mini_jax.sharding import batch_sharding, check_batch, check_parameter, make_mesh, use_mesh
+from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, use_mesh
 from llava_mini_jax.train.start import trainer_for
 from llava_mini_jax.train.throughput import trained_modules
-from llava_mini_jax.train.tree import abstract_model, flatten, merge
+from llava_mini_jax.train.tree import merge, sharded_model, unflatten
 from llava_mini_jax.types import Batch
 
 STEPS = ('train', 'prefill', 'decode', 'video')
@@ -169,7 +169,8 @@ def _asking(
   slots = visuals * model.slots_per_visual(views)
   shape = prompt_shape(model, length=slots + text, text=text, visuals=visuals, views=views)
   cached = shape.length + new_tokens
-  graphdef, params = _abstract_parameters(model, mesh, dtype)
+  graphdef, leaves = sharded_model(model, mesh, dtype)
+  params = unflatten(leaves)
   batch = abstract_batch(model, shape, rows=rows, views=views, sharding=batch_sharding(mesh))
   sizes = dict(length=shape.length, visuals=shape.visuals, fused_text=shape.fused_text, views=views)
   forward = flops.forward_flops(model, rows=rows, **sizes)
@@ -197,19 +198,6 @@ def _asking(
 
 def _views(experiment: Experiment) -> int:
   return ImageProcessor(experiment.model.vision.image_size, grid=experiment.data.grid).views
-
-
-def _abstract_parameters(model: LlavaMiniConfig, mesh: Mesh, dtype: jnp.dtype) -> tuple[nnx.GraphDef, dict[str, Any]]:
-  with use_mesh(mesh):
-    graphdef, state = abstract_model(model)
-    shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))
-  shapes, where = flatten(nnx.to_pure_dict(state)), flatten(shardings)
-  for path, leaf in shapes.items():
-    check_parameter(path, leaf.shape, where[path])
-  params = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), nnx.to_pure_dict(state), shardings
-  )
-  return graphdef, params
 
 
 def _abstract_cache(graphdef: nnx.GraphDef, params: dict[str, Any], mesh: Mesh, rows: int, slots: int):

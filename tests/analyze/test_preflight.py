@@ -128,13 +128,16 @@ def test_suggestions():
   report = dataclasses.replace(on_cpus()[1], capacity=10 * GIB, fits=False, rows=64)
   assert suggestion(dataclasses.replace(report, fits=True)) == ''
   heavy = dataclasses.replace(report, used=30 * GIB, memory=dict(parameters=5 * GIB, optimizer=10 * GIB))
-  assert suggestion(heavy) == 'parameters and optimizer alone take 15.0 GiB per device: --mesh=1,8,1'
-  spread = dataclasses.replace(heavy, mesh=dict(data=1, fsdp=8, tensor=1))
-  assert suggestion(spread).endswith('per device: a larger topology')
+  bytes_that_stay = 'what stays in memory takes 15.0 GiB per device: '
+  assert suggestion(heavy) == f'{bytes_that_stay}--mesh=1,8,1, or --config.train.param_dtype=bfloat16'
+  spread = dataclasses.replace(heavy, mesh=dict(data=1, fsdp=8, tensor=1), step='decode')
+  assert suggestion(spread) == f'{bytes_that_stay}a larger topology'
   rows = dataclasses.replace(report, used=18 * GIB, memory=dict(parameters=2 * GIB))
-  assert suggestion(rows) == 'rows take 2.0 GiB each: --batch=32, or more chips'
+  assert suggestion(rows) == 'rows take 2.0 GiB each: --config.train.accumulate=2, or more chips'
+  tight = dataclasses.replace(rows, used=26 * GIB, step='prefill')  # two of eight fit
+  assert suggestion(tight) == 'rows take 3.0 GiB each: --batch=16, or more chips'
   one = dataclasses.replace(rows, rows=8)
-  assert suggestion(one).startswith('one row takes 16.0 GiB: --config.model.scan.remat=full')
+  assert suggestion(one).startswith('one row takes 16.0 GiB: a shorter --config.data.row_length, or a tensor axis')
 
 
 def test_the_place_of_an_instruction():
