@@ -179,7 +179,9 @@ def _collectives(report: Preflight) -> Sequence[str]:
   lines = ['collectives:']
   width = max(len(c.kind) + len(c.overlap) for c in report.collectives)
   for c in report.collectives:
-    time = f': {_ms(c.seconds)}, {_ms(c.seconds - c.exposed_seconds)} overlapped, {_ms(c.exposed_seconds)} exposed'
+    time = (
+      f': {_ms(c.seconds)}, {_ms(max(0.0, c.seconds - c.exposed_seconds))} overlapped, {_ms(c.exposed_seconds)} exposed'
+    )
     lines.append(
       f'  {c.kind + ", " + c.overlap:<{width + 2}} over {c.group:<3d} {c.count:5d} calls {_size(c.bytes):>11}'
       + (time if report.cost else '')

@@ -165,12 +165,14 @@ class _Walk:
         clock += sum(self.run(branch, times) for branch in _first_branch(instruction))
       elif transfer := self._transfer(computation, instruction, times):
         self.transfers.append(transfer)
-        free = max(clock, free) + transfer.seconds
+        behind = max(0.0, free - clock)
+        free = clock + behind + transfer.seconds
         if transfer.overlap == 'started':
           started[instruction.name] = transfer, free
           transfer.waited = transfer.seconds  # unless it is awaited here; else that happens in another turn
         else:
-          transfer.waited, clock = free - clock, free
+          transfer.waited = behind + transfer.seconds
+          clock = free
       elif opcode.endswith('-done') and instruction.operands and instruction.operands[0] in started:
         transfer, until = started.pop(instruction.operands[0])
         transfer.waited = max(0.0, until - clock)
