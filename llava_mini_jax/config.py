@@ -152,15 +152,20 @@ class DecoderConfig:
       raise ConfigError(f'DecoderConfig.head_dim: rotary embedding needs an even size; found {self.head_dim}')
 
 
+REMAT = ('full', 'attention', 'projections', 'dots', 'none')
+
+
 @dataclasses.dataclass(frozen=True)
 class ScanConfig:
   """How stacks of layers run."""
 
-  remat: str = 'full'  # full = recompute each layer in the backward pass; none = keep activations
+  # What a layer keeps for the backward pass: full = nothing, all is computed again; attention = what attention leaves;
+  # projections = that, queries, keys and values; dots = every matrix product; none = every activation
+  remat: str = 'full'
   unroll: bool = False  # True writes the loop out: faster for small models on CPUs, slower to compile
 
   def __post_init__(self):
-    require_choice('ScanConfig.remat', self.remat, ('full', 'none'))
+    require_choice('ScanConfig.remat', self.remat, REMAT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +183,13 @@ class LlavaMiniConfig:
   video_stop_grad: bool = False
   visual_chunk: int = 0  # most visuals of a row in memory at a time: memory flat in a video's length; 0 = all
   dtype: str = 'bfloat16'  # compute; parameters are f32
+  attention: str = 'auto'  # jnp; splash = the TPU kernel; auto = splash on TPUs where it pays (`models/attention.py`)
   scan: ScanConfig = ScanConfig()
 
   def __post_init__(self):
     require_choice('LlavaMiniConfig.text_only', self.text_only, ('skip', 'zero_image'))
     require_choice('LlavaMiniConfig.dtype', self.dtype, ('bfloat16', 'float32'))
+    require_choice('LlavaMiniConfig.attention', self.attention, ('auto', 'jnp', 'splash'))
     if isinstance(self.visual_chunk, bool) or self.visual_chunk < 0:
       raise ConfigError(f'LlavaMiniConfig.visual_chunk: expected 0 or more; found {self.visual_chunk!r}')
     if self.compressor.kind == 'query' and self.compressor.attention == 'mha':

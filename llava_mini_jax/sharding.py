@@ -7,11 +7,12 @@ strategy, change `RULES`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
@@ -62,7 +63,9 @@ def make_mesh(shape: tuple[int, int, int] | None = None, devices: Sequence[jax.D
     sizes[sizes.index(-1)] = count // known
   if int(np.prod(sizes)) != count:
     raise MeshError(f'mesh {" × ".join(map(str, shape or sizes))} does not cover {count} device(s)')
-  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+  # Neighbours on an axis are neighbours on the chips' torus; an axis may be part of one of the torus's, or several.
+  grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def check_batch(batch_size: int, mesh: Mesh, micro_steps: int = 1) -> None:
@@ -102,6 +105,36 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def platform() -> str:
+  """What the program is compiled for, 'tpu', 'gpu' or 'cpu': the mesh's devices, which may be described only."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def mesh_axes(logical: str) -> tuple[str, ...]:
+  """The mesh axes that a logical axis is laid on, for collectives inside `on_shards`; () outside a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return ()
+  axes = dict(RULES)[logical]
+  return (axes,) if isinstance(axes, str) else axes or ()
+
+
+Axes = tuple[str | None, ...]
+
+
+def on_shards(function: Callable, inputs: tuple[Axes, ...], outputs: Axes | tuple[Axes, ...]) -> Callable:
+  """`function` of each device's own part of arrays with these logical axes; itself outside a mesh.
+
+  For what the compiler cannot split by itself (kernels), or splits badly.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return function
+  one = not outputs or not isinstance(outputs[0], tuple)
+  out_specs = spec(*outputs) if one else tuple(spec(*axes) for axes in outputs)
+  # What comes out of a kernel says nothing of how it varies over the mesh, so there is nothing to check.
+  return jax.shard_map(function, in_specs=tuple(spec(*axes) for axes in inputs), out_specs=out_specs, check_vma=False)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -107,7 +107,8 @@ def run_stages(graphdef: nnx.GraphDef, params: dict, pixels: jax.Array, ids: jax
   joined = out['prefusion_in'] = jnp.concatenate([patches, out['proj_compressed'], text], axis=1)
   seen = joined.shape[1] - text.shape[1]
   valid = jnp.concatenate([jnp.ones((len(ids), seen), bool), mask], axis=1)
-  out['prefusion_position_ids'], out['prefusion_allowed'] = positions_and_mask(valid)
+  out['prefusion_position_ids'], allowed = positions_and_mask(valid)
+  out['prefusion_allowed'] = allowed.allowed()
   _, hidden = model.prefusion(joined, valid, return_hidden=True)
   out |= {f'prefusion_out{layer}': x for layer, x in enumerate(hidden)}
   out['fused_compressed'], fused = model.fuse(features, text, mask)

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_mini_jax.config import DecoderConfig, ScanConfig
-from llava_mini_jax.models.layers import LlamaLayer, RMSNorm, causal_mask, param, rope_tables, scan_layers, stack_layers
+from llava_mini_jax.models.attention import AttentionMask
+from llava_mini_jax.models.layers import LlamaLayer, RMSNorm, param, rope_tables, scan_layers, stack_layers
 from llava_mini_jax.sharding import constrain
 from llava_mini_jax.types import KVCache
 
 
 class Decoder(nnx.Module):
-  def __init__(self, config: DecoderConfig, *, scan: ScanConfig, rngs: nnx.Rngs):
+  def __init__(self, config: DecoderConfig, *, scan: ScanConfig, attention: str = 'auto', rngs: nnx.Rngs):
     self.config = config
     self.scan = scan
+    self.attention = attention
     init = nnx.initializers.normal(config.initializer_range)
     self.embed_tokens = param(rngs, init, (config.vocab_size, config.hidden_size), ('vocab', 'embed'))
     self.layers = stack_layers(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
@@ -29,11 +31,14 @@ class Decoder(nnx.Module):
     table = constrain(self.embed_tokens[...].astype(dtype), 'vocab', None)
     return constrain(jnp.take(table, tokens, axis=0), 'batch', 'length', 'act_embed')
 
+  def head(self) -> jax.Array:
+    """float32[D vocab]: what normed hidden states are multiplied with."""
+    return self.embed_tokens[...].T if self.config.tie_word_embeddings else self.lm_head[...]
+
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Normed hidden states [B L D] -> float32[B L vocab]."""
-    tied = self.config.tie_word_embeddings
-    head = self.embed_tokens[...].T if tied else self.lm_head[...]
-    logits = jnp.einsum('BLD,DV->BLV', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    head = self.head().astype(hidden.dtype)
+    logits = jnp.einsum('BLD,DV->BLV', hidden, head, preferred_element_type=jnp.float32)
     return constrain(logits, 'batch', 'length', 'act_vocab')
 
   def __call__(
@@ -53,8 +58,8 @@ class Decoder(nnx.Module):
     Returns:
       Normed hidden states [B L D]; with `return_hidden`, also [layer B L D] before the final norm.
     """
-    mask = causal_mask(x.shape[1], branch_ids) & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    mask = (mask & (segment_ids > 0)[:, None, :])[:, None]
+    # Padding is a segment too, which sees itself alone: no query is without a key.
+    mask = AttentionMask(segment_ids, segment_ids, branch_ids).resolve(self.attention, self.config.head_dim)
     rope = rope_tables(positions, self.config)
 
     def body(x, layer):

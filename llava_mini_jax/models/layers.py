@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llava_mini_jax.config import DecoderConfig, RopeScaling, ScanConfig
+from llava_mini_jax.models.attention import CONTEXT, attend
 from llava_mini_jax.sharding import constrain
 
 Init = Callable[..., jax.Array]
+PROJECTION = 'attention_projection'  # queries, keys and values of a Llama layer, by name, for `scan_layers`
 
 
 def param(rngs: nnx.Rngs, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -75,8 +78,18 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.R
 
 
 def scan_layers(body: Callable, x: Any, layers: Any, config: ScanConfig) -> tuple[Any, Any]:
-  """lax.scan of `body(x, layer) -> (x, out)` over stacked layers."""
-  return jax.lax.scan(jax.checkpoint(body) if config.remat == 'full' else body, x, layers, unroll=config.unroll)
+  """lax.scan of `body(x, layer) -> (x, out)` over stacked layers; `ScanConfig.remat` says what each keeps."""
+  policies, save = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names
+  keep = dict(
+    full=None,
+    attention=save(CONTEXT),
+    projections=save(CONTEXT, PROJECTION),
+    dots=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, save(CONTEXT)),
+  )
+  if config.remat != 'none':
+    # A rolled loop already keeps the compiler from merging the two computations of a layer.
+    body = jax.checkpoint(body, policy=keep[config.remat], prevent_cse=config.unroll)
+  return jax.lax.scan(body, x, layers, unroll=config.unroll)
 
 
 class LayerNorm(nnx.Module):
@@ -112,15 +125,6 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return linear(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
-
-
-def causal_mask(length: int, branch_ids: jax.Array | None = None) -> jax.Array:
-  """bool[1 or B, L, L] (query, key): itself and what comes before, other branches apart (`types.Batch.branch_ids`)."""
-  mask = jnp.tril(jnp.ones((1, length, length), bool))
-  if branch_ids is None:
-    return mask
-  key = branch_ids[:, None, :]
-  return mask & ((key == 0) | (key == branch_ids[:, :, None]))
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -169,7 +173,7 @@ class LlamaAttention(nnx.Module):
     Args:
       x: [B L D].
       rope: cos, sin float32[B L H/2].
-      mask: bool[B 1 L S], True = may attend; S is L without a cache.
+      mask: of `AttentionMask.resolve`, or bool[B 1 L S], True = may attend; S is L without a cache.
       cache: keys [B S K H], values [B S K H], slots int32[B L] where x's tokens are written (S = dropped).
     Returns:
       [B L D], and the keys and values attended to.
@@ -178,12 +182,13 @@ class LlamaAttention(nnx.Module):
     k = linear(x, self.k_proj[...])
     v = linear(x, self.v_proj[...])
     q, k = rotate(q, rope), rotate(k, rope)  # [B L N H], [B L K H]
+    q, k, v = (checkpoint_name(x, PROJECTION) for x in (q, k, v))
     q = constrain(q, 'batch', 'length', 'act_heads', None)
     if cache is not None:
       keys, values, slots = cache
       write = jax.vmap(lambda store, at, new: store.at[at].set(new.astype(store.dtype), mode='drop'))
       k, v = write(keys, slots, k), write(values, slots, v)
-    y = jax.nn.dot_product_attention(q, k.astype(x.dtype), v.astype(x.dtype), mask=mask)
+    y = attend(q, k.astype(x.dtype), v.astype(x.dtype), mask)
     return linear(y, self.o_proj[...], inputs=2), (k, v)
 
 

@@ -37,9 +37,10 @@ class LlavaMini(nnx.Module):
     self.projector = Projector(config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
     if config.compressor.kind == 'query':
       self.compressor = QueryCompressor(config.compressor, config.compressor_width, rngs=rngs)
-    self.decoder = Decoder(config.decoder, scan=config.scan, rngs=rngs)
+    how = dict(scan=config.scan, attention=config.attention)
+    self.decoder = Decoder(config.decoder, **how, rngs=rngs)
     if config.prefusion.num_layers:
-      self.prefusion = Prefusion(config.prefusion, config.decoder, scan=config.scan, rngs=rngs)
+      self.prefusion = Prefusion(config.prefusion, config.decoder, **how, rngs=rngs)
       if config.prefusion.init == 'decoder':
         first = jax.tree.map(lambda leaf: leaf[: config.prefusion.num_layers], nnx.state(self.decoder.layers))
         nnx.update(self.prefusion.layers, first)

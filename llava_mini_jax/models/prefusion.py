@@ -12,22 +12,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_mini_jax.config import DecoderConfig, PrefusionConfig, ScanConfig
-from llava_mini_jax.models.layers import LlamaLayer, causal_mask, rope_tables, scan_layers, stack_layers
+from llava_mini_jax.models.attention import AttentionMask
+from llava_mini_jax.models.layers import LlamaLayer, rope_tables, scan_layers, stack_layers
 
 
-def positions_and_mask(valid: jax.Array, branch_ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-  """Of slots that are valid bool[B L] and on branches int[B L]: positions int32[B L], allowed bool[B L L] (query, key).
+def positions_and_mask(valid: jax.Array, branch_ids: jax.Array | None = None) -> tuple[jax.Array, AttentionMask]:
+  """Of slots that are valid bool[B L] and on branches int[B L]: positions int32[B L], and which slots each one sees.
 
-  A masked slot's position is 1, any other's position is the number of valid slots it sees before itself.
+  A masked slot is seen by none, and sees what a valid one would see. Its position is 1; any other's is the number of
+  valid slots it sees before itself.
   """
-  allowed = causal_mask(valid.shape[1], branch_ids) & valid[:, None, :]
-  return jnp.where(valid, allowed.sum(2, dtype=jnp.int32) - 1, 1), allowed
+  mask = AttentionMask(jnp.ones_like(valid, jnp.int32), valid.astype(jnp.int32), branch_ids)
+  count = jnp.cumsum(valid, axis=1) if branch_ids is None else mask.allowed().sum(2)
+  return jnp.where(valid, count.astype(jnp.int32) - 1, 1), mask
 
 
 class Prefusion(nnx.Module):
-  def __init__(self, config: PrefusionConfig, decoder: DecoderConfig, *, scan: ScanConfig, rngs: nnx.Rngs):
+  def __init__(
+    self, config: PrefusionConfig, decoder: DecoderConfig, *, scan: ScanConfig, attention: str, rngs: nnx.Rngs
+  ):
     self.decoder_config = decoder
     self.scan = scan
+    self.attention = attention
     self.layers = stack_layers(lambda rngs: LlamaLayer(decoder, rngs=rngs), config.num_layers, rngs)
 
   def __call__(
@@ -37,8 +43,9 @@ class Prefusion(nnx.Module):
 
     What comes out at masked slots means nothing. branch_ids: int[B L], see `types.Batch`.
     """
-    positions, allowed = positions_and_mask(valid, branch_ids)
-    rope, mask = rope_tables(positions, self.decoder_config), allowed[:, None]
+    positions, mask = positions_and_mask(valid, branch_ids)
+    rope = rope_tables(positions, self.decoder_config)
+    mask = mask.resolve(self.attention, self.decoder_config.head_dim)
 
     def body(x, layer):
       x, _ = layer(x, rope, mask)

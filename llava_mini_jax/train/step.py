@@ -22,7 +22,7 @@ from llava_mini_jax.models.llava_mini import build
 from llava_mini_jax.sharding import replicated, use_mesh
 from llava_mini_jax.train.accumulation import gradients
 from llava_mini_jax.train.lora import Lora, abstract_adapters, attach, check_groups, draw_adapters
-from llava_mini_jax.train.loss import next_token_loss
+from llava_mini_jax.train.loss import head_loss
 from llava_mini_jax.train.optimizer import assign_groups, make_optimizer
 from llava_mini_jax.train.rounding import apply_updates
 from llava_mini_jax.train.tree import flatten, merge, sharded_model, unflatten
@@ -130,8 +130,8 @@ def make_trainer(
   def step(state: State, batch: Batch):
     def loss_fn(params, batch):
       flat = flatten(params) | flatten(state['frozen'])
-      logits = merge(graphdef, attach(flat, lora.scale) if lora else flat)(batch)
-      return next_token_loss(logits, batch.targets, batch.loss_mask)
+      model = merge(graphdef, attach(flat, lora.scale) if lora else flat)
+      return head_loss(model.hidden(batch), model.decoder.head(), batch.targets, batch.loss_mask)
 
     (loss, metrics), grads = gradients(loss_fn, state['params'], batch, accumulate, shardings['params'])
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)

@@ -1,14 +1,19 @@
-"""The loss equals torch's cross-entropy over the learnt tokens, and is 0 where nothing is learnt."""
+"""The loss equals torch's cross-entropy over the learnt tokens, is 0 where there is none, and the same in chunks."""
 
 from __future__ import annotations
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from small_model import quick_jit
 from torch_parity import close
 
-from llava_mini_jax.train.loss import next_token_loss
+from llava_mini_jax.sharding import make_mesh, use_mesh
+from llava_mini_jax.train.loss import head_loss, next_token_loss
 
 ROWS, LENGTH, VOCAB = 3, 7, 11
 
@@ -82,3 +87,90 @@ def test_large_logits_neither_overflow_nor_lose_the_gradient():
   (loss, _), grad = value_and_grad(logits, np.array([[0, 1]]), np.array([[True, True]]))
   assert loss == 1e4  # 0 for the first token, 2e4 for the second
   close(grad, [[[0, 0, 0], [0.5, -0.5, 0]]], 'gradient', 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- without logits
+
+B, L, D, V = 8, 5, 16, 48
+WHOLE, MANY = 2**20, 7 * V * 4  # one chunk; chunks of at most seven tokens, the last of them padded
+
+
+@pytest.fixture(scope='module')
+def headed() -> tuple[np.ndarray, ...]:
+  """hidden, head, targets, mask; two tokens of the vocabulary are always equally likely."""
+  rng = np.random.default_rng(1)
+  hidden, head = rng.normal(size=(B, L, D)).astype(np.float32), rng.normal(0, 0.3, (D, V)).astype(np.float32)
+  head[:, 40] = head[:, 3]
+  mask = rng.random((B, L)) < 0.6
+  mask[2] = False
+  return hidden, head, rng.integers(0, V, (B, L)).astype(np.int32), mask
+
+
+def plain(hidden, head, targets, mask):
+  logits = jnp.einsum('BLD,DV->BLV', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  return next_token_loss(logits, targets, mask)
+
+
+def differentiated(loss, hidden, head, targets, mask):
+  """Half the loss, so that a cotangent that is not 1 comes back."""
+
+  def halved(hidden, head):
+    value, metrics = loss(hidden, head, targets, mask)
+    return value / 2, metrics
+
+  return quick_jit(jax.value_and_grad(halved, argnums=(0, 1), has_aux=True))(hidden, head)
+
+
+@pytest.mark.parametrize('chunk', [WHOLE, MANY, 1])
+@pytest.mark.parametrize('mesh', [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_in_chunks_and_on_meshes_it_is_the_plain_loss(headed, chunk, mesh):
+  (expected, metrics), grads = differentiated(plain, *headed)
+  if mesh is None:
+    (loss, ours), found = differentiated(lambda *a: head_loss(*a, chunk_bytes=chunk), *headed)
+  else:
+    with use_mesh(make_mesh(mesh)):
+      (loss, ours), found = differentiated(lambda *a: head_loss(*a, chunk_bytes=chunk), *headed)
+  close(loss, expected, 'loss', 1e-6)
+  for name, value in metrics.items():
+    close(ours[name], value, name, 1e-6)
+  for name, grad, theirs in zip(('hidden', 'head'), found, grads, strict=True):
+    close(grad, theirs, name, 1e-6)
+
+
+def test_of_equally_likely_tokens_the_first_counts(headed):
+  _, head, _, _ = headed
+  hidden = np.broadcast_to(head[:, 3], (B, L, D)) * 99
+  found = []
+  for target in (3, 40):
+    targets = np.full((B, L), target, np.int32)
+    with use_mesh(make_mesh((1, 1, 8))):
+      found.append(float(head_loss(hidden, head, targets, np.ones((B, L), bool))[1]['accuracy']))
+  np.testing.assert_allclose(found, [1.0, 0.0], atol=1e-6)
+
+
+def test_nothing_to_learn_in_chunks_is_zero_with_zero_gradients(headed):
+  hidden, head, targets, mask = headed
+  (loss, metrics), grads = differentiated(head_loss, hidden, head, targets, np.zeros_like(mask))
+  assert loss == 0 and metrics['target_tokens'] == 0 and not any(np.asarray(grad).any() for grad in grads)
+
+
+def test_the_logits_of_all_tokens_are_never_held(headed):
+  """No array of the program, forward and backward, is as large; of the plain loss, several are."""
+
+  def largest(loss):
+    program = str(jax.make_jaxpr(jax.grad(lambda *a: loss(*a)[0], argnums=(0, 1)))(*headed))
+    sizes = [np.prod([int(n) for n in shape.split(',')]) for shape in re.findall(r'f32\[([\d,]+)\]', program)]
+    return max(sizes)
+
+  assert largest(plain) == B * L * V
+  assert largest(lambda *a: head_loss(*a, chunk_bytes=MANY)) < B * L * V / 2
+
+
+def test_in_bfloat16_its_gradients_are_as_good_as_those_of_the_plain_loss(headed):
+  _, exact = differentiated(plain, *headed)
+  half = (headed[0].astype(jnp.bfloat16), *headed[1:])
+  for i, name in enumerate(('hidden', 'head')):
+    off = [
+      np.abs(np.asarray(differentiated(loss, *half)[1][i], np.float32) - exact[i]).max() for loss in (plain, head_loss)
+    ]
+    assert off[1] <= 1.5 * off[0], name

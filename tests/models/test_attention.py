@@ -1,0 +1,135 @@
+"""Attention by the TPU kernel, interpreted, equals attention by jnp; both follow one description of the mask."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import lay_out, quick_jit, random_params, random_sample, small_config, with_params
+from torch_parity import close
+
+from llava_mini_jax.config import ConfigError
+from llava_mini_jax.models.attention import AttentionMask, attend
+from llava_mini_jax.sharding import make_mesh, use_mesh
+
+B, N, K, H = 4, 4, 2, 8
+TOLERANCE = 2e-6  # of values around 1
+
+
+def segments(length: int) -> np.ndarray:
+  """int32[B length]: samples of random lengths, then padding; the first row is full, the last one nearly empty."""
+  rng = np.random.default_rng(length)
+  ends = np.sort(rng.integers(1, length, (B, 3)), axis=1)
+  ids = 1 + (np.arange(length) >= ends[:, :1]) + (np.arange(length) >= ends[:, 1:2])
+  ids = np.where(np.arange(length) < ends[:, 2:], ids, 0)
+  ids[0], ids[-1] = 1, np.arange(length) == 0
+  return ids.astype(np.int32)
+
+
+def heads(length: int, keys: int | None = None) -> list[np.ndarray]:
+  rng = np.random.default_rng(0)
+  shapes = [(B, length, N, H), (B, keys or length, K, H), (B, keys or length, K, H)]
+  return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def values_and_gradients(kind: str, mask: AttentionMask, q, k, v):
+  def loss(q, k, v):
+    y = attend(q, k, v, mask.resolve(kind, H))
+    return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+  (_, y), grads = quick_jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+  return dict(zip('yqkv', (y, *grads), strict=True))
+
+
+def equal(ours, theirs, tolerance: float = TOLERANCE) -> None:
+  for name, value in theirs.items():
+    close(ours[name], value, name, tolerance * max(1.0, float(np.abs(value).max())))
+
+
+# 130: one block of 256, half of it padding; 600: one of 640; 700: two of 384
+@pytest.mark.parametrize('length', [130, 600, 700])
+@pytest.mark.parametrize('causal', [True, False])
+def test_the_kernel_is_jnp(length, causal):
+  ids = segments(length)
+  masks = AttentionMask(ids, ids, causal=causal), AttentionMask(np.ones_like(ids), (ids > 0).astype(np.int32))
+  for mask in masks[: 1 + causal]:
+    equal(*(values_and_gradients(kind, mask, *heads(length)) for kind in ('splash', 'jnp')))
+
+
+@pytest.mark.parametrize('shape', [(4, 1, 2), (2, 2, 2)])
+def test_the_kernel_runs_on_each_device_s_rows_and_heads(shape):
+  ids = segments(130)
+  mask = AttentionMask(ids, ids)
+  with use_mesh(make_mesh(shape)):
+    ours = values_and_gradients('splash', mask, *heads(130))
+  equal(ours, values_and_gradients('jnp', mask, *heads(130)))
+
+
+def test_who_sees_whom():
+  """Against the definition, one pair at a time."""
+  ids, branches = segments(24), np.random.default_rng(1).integers(0, 3, (B, 24)).astype(np.int32)
+  for causal in (True, False):
+    for branch_ids in (None, branches):
+      allowed = np.asarray(AttentionMask(ids, ids, branch_ids, causal=causal).allowed())
+      for row, query, key in np.ndindex(B, 24, 24):
+        sees = ids[row, query] == ids[row, key] and (key <= query or not causal)
+        if branch_ids is not None:
+          sees &= branches[row, key] in (0, branches[row, query])
+        assert allowed[row, query, key] == sees
+
+
+def test_which_one_is_chosen():
+  ids = np.ones((B, 512), np.int32)
+  mask = AttentionMask(ids, ids)
+  assert mask.resolve('splash', 8) is mask
+  assert mask.resolve('jnp', 128).shape == (B, 1, 512, 512) == mask.resolve('auto', 128).shape  # there is no TPU
+  branched = dataclasses.replace(mask, branch_ids=ids)
+  assert branched.resolve('splash', 128).shape == (B, 1, 512, 512)  # which the kernel does not know
+  with pytest.raises(ConfigError, match="^attention: expected one of auto, jnp, splash; found 'flash'$"):
+    mask.resolve('flash', 128)
+
+
+def test_the_whole_model_is_the_same_with_the_kernel():
+  """Padded rows, several samples in a row, tokens that pre-fusion masks."""
+  config = small_config()
+  samples = [random_sample(config, i, text=text) for i, text in enumerate([(3, 4), (2, 9), (5, 1), (4, 4)])]
+  batch = lay_out(config, samples, length=20, visuals=1, fused_text=12)
+  batch = dataclasses.replace(batch, segment_ids=np.where(batch.positions > 9, 2, 1) * (batch.segment_ids > 0))
+  params = random_params(config)
+
+  def logits(attention):
+    changed = dataclasses.replace(config, attention=attention)
+    return quick_jit(lambda params: with_params(changed, params)(batch))(params)
+
+  ours, theirs = logits('splash'), logits('jnp')
+  real = batch.segment_ids > 0
+  close(ours[real], theirs[real], 'logits', 1e-5)
+
+
+@pytest.mark.parametrize('attention', ['jnp', 'splash'])
+def test_what_layers_keep_changes_no_gradient_and_less_is_computed_again(attention):
+  config = small_config(scan=dict(remat='none'), attention=attention)
+  batch = lay_out(config, [random_sample(config, 0)], length=14, visuals=1)
+  params = random_params(config)
+
+  def run(remat):
+    changed = dataclasses.replace(config, scan=dataclasses.replace(config.scan, remat=remat))
+
+    def loss(params):
+      return jnp.square(with_params(changed, params).hidden(batch)).mean()
+
+    products = str(jax.make_jaxpr(jax.grad(loss))(params)).count('dot_general[')
+    return quick_jit(jax.grad(loss))(params), products
+
+  expected, least = run('none')
+  counts = []
+  for remat in ('full', 'attention', 'projections', 'dots'):
+    grads, products = run(remat)
+    counts.append(products)
+    for path, grad in expected.items():
+      close(grads[path], grad, f'{remat} {path}', 2e-6 * max(1.0, float(np.abs(grad).max())))
+  full, kept_attention, projections, dots = counts
+  assert full >= kept_attention > projections > dots >= least
