@@ -162,10 +162,18 @@ class ScanConfig:
   # What a layer keeps for the backward pass: full = nothing, all is computed again; attention = what attention leaves;
   # projections = that, queries, keys and values; dots = every matrix product; none = every activation
   remat: str = 'full'
+  vision_remat: str = ''  # of the tower, if it trains (frozen, it keeps nothing whatever this says); '' = remat
+  prefusion_remat: str = ''  # of pre-fusion; '' = remat
   unroll: bool = False  # True writes the loop out: faster for small models on CPUs, slower to compile
 
   def __post_init__(self):
     require_choice('ScanConfig.remat', self.remat, REMAT)
+    for name in ('vision_remat', 'prefusion_remat'):
+      require_choice(f'ScanConfig.{name}', getattr(self, name), ('', *REMAT))
+
+  def of(self, stage: str) -> ScanConfig:
+    """How the layers of `vision`, `prefusion` or `decoder` run."""
+    return dataclasses.replace(self, remat=getattr(self, f'{stage}_remat', '') or self.remat)
 
 
 @dataclasses.dataclass(frozen=True)

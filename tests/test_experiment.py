@@ -233,7 +233,7 @@ MISTAKES = {
     LlavaMiniConfig.preset('x')
   ),
   "model.decoder.hiden_size: unknown field; did you mean 'hidden_size'?": model_dict('decoder.hiden_size', 8),
-  'model.scan.x: unknown field; expected one of remat, unroll': model_dict('scan.x', 8),
+  'model.scan.x: unknown field; expected one of prefusion_remat, remat, unroll, vision_remat': model_dict('scan.x', 8),
   "train.batchsize: unknown field; did you mean 'batch_size'?": experiment_dict('train', batchsize=8),
   "data.data_set: unknown field; did you mean 'dataset'?": experiment_dict('data', data_set=''),
   "config: expected the sections model, data, train; missing ['train'], unknown ['trian']": sections(

@@ -33,14 +33,16 @@ def to_raster(crops: jax.Array) -> jax.Array:
 class LlavaMini(nnx.Module):
   def __init__(self, config: LlavaMiniConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.vision = VisionTower(config.vision, scan=config.scan, rngs=rngs)
+    self.vision = VisionTower(config.vision, scan=config.scan.of('vision'), rngs=rngs)
     self.projector = Projector(config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
     if config.compressor.kind == 'query':
       self.compressor = QueryCompressor(config.compressor, config.compressor_width, rngs=rngs)
-    how = dict(scan=config.scan, attention=config.attention)
-    self.decoder = Decoder(config.decoder, **how, rngs=rngs)
+    scan, attention = config.scan, config.attention
+    self.decoder = Decoder(config.decoder, scan=scan, attention=attention, rngs=rngs)
     if config.prefusion.num_layers:
-      self.prefusion = Prefusion(config.prefusion, config.decoder, **how, rngs=rngs)
+      self.prefusion = Prefusion(
+        config.prefusion, config.decoder, scan=scan.of('prefusion'), attention=attention, rngs=rngs
+      )
       if config.prefusion.init == 'decoder':
         first = jax.tree.map(lambda leaf: leaf[: config.prefusion.num_layers], nnx.state(self.decoder.layers))
         nnx.update(self.prefusion.layers, first)
