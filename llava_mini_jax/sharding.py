@@ -41,6 +41,18 @@ RULES = (
 )
 
 
+# v5e gathers while it computes without being told to.
+_OVERLAP = {
+  'xla_enable_async_all_gather': True,
+  'xla_enable_async_all_reduce': True,
+  'xla_tpu_overlap_compute_collective_tc': True,
+  'xla_tpu_enable_async_collective_fusion': True,
+  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
+  'xla_tpu_enable_async_collective_fusion_multiple_steps': True,
+}
+_OVERLAP_KINDS = ('TPU v5', 'TPU v5p', 'TPU v6 lite', 'TPU v6e', 'TPU7x')
+
+
 class MeshError(ValueError):
   """A mesh that does not fit the devices, or a batch that does not fit the mesh."""
 
@@ -68,8 +80,18 @@ def make_mesh(shape: tuple[int, int, int] | None = None, devices: Sequence[jax.D
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+<<<<<<< HEAD
 def check_batch(batch_size: int, mesh: Mesh, micro_steps: int = 1) -> None:
   """Raises MeshError unless the rows of a micro-step divide over the batch axes of the mesh."""
+=======
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+  """What a training step is compiled with, so that the chips of this mesh communicate while they compute."""
+  return _OVERLAP if mesh.devices.flat[0].device_kind in _OVERLAP_KINDS else None
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+  """Raises MeshError unless rows divide over the batch axes of the mesh."""
+>>>>>>> 84e6c17 (The step is compiled so that chips communicate while they compute, not only in the preflight)
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   if batch_size % (ways * micro_steps):
     times = f' times {micro_steps} micro-steps' if micro_steps > 1 else ''

@@ -16,7 +16,7 @@ from llava_mini_jax.models.attention import AttentionMask, attend
 from llava_mini_jax.sharding import make_mesh, use_mesh
 
 B, N, K, H = 4, 4, 2, 8
-TOLERANCE = 2e-6  # of values around 1
+TOLERANCE = 5e-6  # of the largest value; sums of up to 700 terms in float32, in another order
 
 
 def segments(length: int) -> np.ndarray:
