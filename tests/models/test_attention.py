@@ -11,8 +11,9 @@ import pytest
 from small_model import lay_out, quick_jit, random_params, random_sample, small_config, with_params
 from torch_parity import close
 
-from llava_mini_jax.config import ConfigError
+from llava_mini_jax.config import ConfigError, ScanConfig
 from llava_mini_jax.models.attention import AttentionMask, attend
+from llava_mini_jax.models.layers import scan_layers
 from llava_mini_jax.sharding import make_mesh, use_mesh
 
 B, N, K, H = 4, 4, 2, 8
@@ -109,20 +110,15 @@ def test_the_whole_model_is_the_same_with_the_kernel():
   close(ours[real], theirs[real], 'logits', 1e-5)
 
 
-@pytest.mark.parametrize('attention', ['jnp', 'splash'])
-def test_what_layers_keep_changes_no_gradient_and_less_is_computed_again(attention):
-  config = small_config(scan=dict(remat='none'), attention=attention)
+def test_what_layers_keep_changes_no_gradient_and_less_is_computed_again():
+  config = small_config(scan=dict(remat='none'))
   batch = lay_out(config, [random_sample(config, 0)], length=14, visuals=1)
   params = random_params(config)
 
   def run(remat):
     changed = dataclasses.replace(config, scan=dataclasses.replace(config.scan, remat=remat))
-
-    def loss(params):
-      return jnp.square(with_params(changed, params).hidden(batch)).mean()
-
-    products = str(jax.make_jaxpr(jax.grad(loss))(params)).count('dot_general[')
-    return quick_jit(jax.grad(loss))(params), products
+    gradient = jax.grad(lambda params: jnp.square(with_params(changed, params).hidden(batch)).mean())
+    return quick_jit(gradient)(params), str(jax.make_jaxpr(gradient)(params)).count('dot_general[')
 
   expected, least = run('none')
   counts = []
@@ -133,3 +129,47 @@ def test_what_layers_keep_changes_no_gradient_and_less_is_computed_again(attenti
       close(grads[path], grad, f'{remat} {path}', 2e-6 * max(1.0, float(np.abs(grad).max())))
   full, kept_attention, projections, dots = counts
   assert full >= kept_attention > projections > dots >= least
+
+
+def test_the_kernel_runs_once_forward_if_what_it_leaves_is_kept():
+  q, k, v = heads(130)
+  mask, layers = AttentionMask(segments(130), segments(130)), jnp.arange(2)
+
+  def kernels(remat):
+    def loss(q):
+      return scan_layers(lambda x, _: (attend(x, k, v, mask), None), q, layers, ScanConfig(remat=remat))[0].sum()
+
+    return str(jax.make_jaxpr(jax.grad(loss))(q)).count('pallas_call[')
+
+  assert (kernels('full'), kernels('attention'), kernels('none')) == (3, 2, 2)
+
+
+def test_stages_may_keep_different_amounts():
+  scan = ScanConfig(remat='dots', prefusion_remat='full')
+  assert [scan.of(stage).remat for stage in ('vision', 'prefusion', 'decoder')] == ['dots', 'full', 'dots']
+  config = small_config(scan=dict(remat='dots', prefusion_remat='full', vision_remat='none'))
+  model = with_params(config, random_params(config))
+  assert [getattr(model, stage).scan.remat for stage in ('vision', 'prefusion', 'decoder')] == ['none', 'full', 'dots']
+
+
+def test_a_frozen_tower_keeps_nothing_and_has_no_backward_pass():
+  """Its products are in the program once each, in a trainer's step as in a forward pass; trained, three times."""
+  config = small_config(prefusion=dict(num_layers=0))
+  batch = lay_out(config, [random_sample(config, 0)], length=14, visuals=1)
+  params = random_params(config)
+
+  def products(trains):
+    own = {path: leaf for path, leaf in params.items() if trains(path)}
+
+    def loss(own):
+      return jnp.square(with_params(config, params | own).hidden(batch)).mean()
+
+    return str(jax.make_jaxpr(jax.grad(loss))(own)).count(f',{config.vision.intermediate_size}]')
+
+  def is_tower(path):
+    return path.startswith('vision/')
+
+  forward = str(jax.make_jaxpr(lambda: with_params(config, params).hidden(batch))()).count(
+    f',{config.vision.intermediate_size}]'
+  )
+  assert products(lambda path: not is_tower(path)) == forward < products(is_tower)
