@@ -80,18 +80,13 @@ def make_mesh(shape: tuple[int, int, int] | None = None, devices: Sequence[jax.D
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-<<<<<<< HEAD
-def check_batch(batch_size: int, mesh: Mesh, micro_steps: int = 1) -> None:
-  """Raises MeshError unless the rows of a micro-step divide over the batch axes of the mesh."""
-=======
 def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
   """What a training step is compiled with, so that the chips of this mesh communicate while they compute."""
   return _OVERLAP if mesh.devices.flat[0].device_kind in _OVERLAP_KINDS else None
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-  """Raises MeshError unless rows divide over the batch axes of the mesh."""
->>>>>>> 84e6c17 (The step is compiled so that chips communicate while they compute, not only in the preflight)
+def check_batch(batch_size: int, mesh: Mesh, micro_steps: int = 1) -> None:
+  """Raises MeshError unless the rows of a micro-step divide over the batch axes of the mesh."""
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   if batch_size % (ways * micro_steps):
     times = f' times {micro_steps} micro-steps' if micro_steps > 1 else ''
@@ -141,6 +136,12 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
     return ()
   axes = dict(RULES)[logical]
   return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def ways(logical: str) -> int:
+  """Into how many parts the mesh cuts a logical axis; 1 outside a mesh."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return int(np.prod([shape[axis] for axis in mesh_axes(logical)]))
 
 
 Axes = tuple[str | None, ...]

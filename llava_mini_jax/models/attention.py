@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from llava_mini_jax.config import require_choice
-from llava_mini_jax.sharding import on_shards, platform
+from llava_mini_jax.sharding import on_shards, platform, ways
 
 KINDS = ('auto', 'jnp', 'splash')
 CONTEXT = 'attention_context'  # what attention leaves, by name, for `layers.scan_layers`
@@ -59,13 +59,13 @@ class AttentionMask:
 
     Args:
       kind: 'jnp'; 'splash' (interpreted, slowly, where there is no TPU); 'auto' = splash on TPUs if the row is long
-        enough and the heads fill its lanes. The kernel knows no branches, so rows that have them go to jnp.
+        enough, the heads fill its lanes and the rows divide over the mesh. The kernel knows no branches, so rows that have them go to jnp.
     Raises:
       ConfigError: another kind.
     """
     require_choice('attention', kind, KINDS)
-    length, keys = self.query_segments.shape[1], self.key_segments.shape[1]
-    suits = length == keys >= _WORTH_IT and head_dim % _LANES == 0
+    (rows, length), keys = self.query_segments.shape, self.key_segments.shape[1]
+    suits = length == keys >= _WORTH_IT and head_dim % _LANES == 0 and rows % ways('batch') == 0
     kernel = kind == 'splash' or (kind == 'auto' and suits and platform() == 'tpu')
     return self if kernel and self.branch_ids is None else self.allowed()[:, None]
 

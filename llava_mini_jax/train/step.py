@@ -112,6 +112,20 @@ def make_trainer(
   abstract = _abstract_state(leaves, rates, tx, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
+  def init(key: jax.Array, given: Mapping[str, jax.Array] | None = None) -> State:
+    given = dict(given or {})
+    fresh = {path: leaf.sharding for path, leaf in leaves.items() if path not in given}
+
+    @functools.partial(jax.jit, out_shardings=fresh)
+    def draw(key):  # the compiler drops what is not returned
+      flat = flatten(nnx.to_pure_dict(nnx.split(build(config, key))[1]))
+      flat |= draw_adapters(key, adapters)
+      return {path: flat[path].astype(leaves[path].dtype) for path in fresh}
+
+    params, frozen = split_frozen(given | draw(key), rates)
+    opt = jax.jit(functools.partial(_init_optimizer, tx), out_shardings=shardings['opt'])(params)
+    return dict(step=jax.device_put(jnp.int32(0), shardings['step']), params=params, frozen=frozen, opt=opt)
+
   @functools.partial(
     jax.jit,
     donate_argnums=0,
