@@ -59,7 +59,8 @@ class AttentionMask:
 
     Args:
       kind: 'jnp'; 'splash' (interpreted, slowly, where there is no TPU); 'auto' = splash on TPUs if the row is long
-        enough, the heads fill its lanes and the rows divide over the mesh. The kernel knows no branches, so rows that have them go to jnp.
+        enough, the heads fill its lanes and the rows divide over the mesh. The kernel knows no branches, so rows that
+        have them go to jnp.
     Raises:
       ConfigError: another kind.
     """
