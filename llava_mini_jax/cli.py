@@ -7,10 +7,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 
+from llava_mini_jax.compile_cache import use_compilation_cache
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.distributed import SINGLE, TIMEOUT, find_cluster, processes
 from llava_mini_jax.sharding import MeshError
 from llava_mini_jax.train.errors import CheckpointError, TrainingError
 
@@ -19,25 +22,50 @@ os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # on import it 
 USER_ERRORS = (ConfigError, DataError, MeshError, CheckpointError, TrainingError)
 
 
-def launch(main: Callable[[Sequence[str]], None], *, arguments: bool = False) -> None:
+def define_process_flags() -> None:
+  """For scripts that run as several processes."""
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; not needed on SLURM, GKE and TPU VMs.')
+  flags.DEFINE_integer('num_processes', None, 'Processes of the run; 1 alone = look for no others.', lower_bound=1)
+  flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.', lower_bound=0)
+  flags.DEFINE_integer('start_timeout', TIMEOUT, 'Seconds that they wait for each other at the start.', lower_bound=1)
+
+
+def launch(
+  main: Callable[[Sequence[str]], None], *, arguments: bool = False, several: bool = False, keep: bool = True
+) -> None:
   """Parses flags and runs `main`; the user's mistakes are printed as one message, bugs keep their traceback.
 
   Args:
     arguments: whether the command takes words besides its flags.
+    several: whether it may be one of several processes; needs `define_process_flags`.
+    keep: whether compiled programs are kept (`compile_cache`); not where compiling is what is looked at.
   """
 
   def wrapped(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # libraries announce every object they make
     if len(argv) > 1 and not arguments:
       sys.exit(f'error: unexpected argument(s): {" ".join(argv[1:])}')
+    f = flags.FLAGS
     try:
-      main(argv)
-    except USER_ERRORS as error:
-      sys.exit(f'error: {error}')
-    except OSError as error:  # a file that is not there, no permission, a full disk
-      sys.exit(f'error: {_one_line(str(error))}')
+      cluster = find_cluster(f.coordinator, f.num_processes, f.process_id) if several else SINGLE
+      with processes(cluster, timeout=f.start_timeout if several else TIMEOUT):
+        try:
+          # CPUs of several processes are for tests: what was compiled for their devices is not tried for others.
+          if keep and not (cluster.several and jax.default_backend() == 'cpu'):
+            use_compilation_cache()
+          main(argv)
+        except (*USER_ERRORS, OSError) as error:  # said before the end, for which processes wait for each other
+          _fail(error)
+    except ConfigError as error:
+      _fail(error)
 
   app.run(wrapped, flags_parser=_parse)
+
+
+def _fail(error: Exception) -> None:
+  """OSError: a file that is not there, no permission, a full disk."""
+  print(f'error: {_one_line(str(error)) if isinstance(error, OSError) else error}', file=sys.stderr, flush=True)
+  sys.exit(1)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -99,12 +99,13 @@ class TrainConfig:
   eps: float = 1e-8
   max_grad_norm: float = 1.0
   mesh: tuple = (1, -1, 1)  # data × fsdp × tensor; -1 = the remaining devices
+  slices: int = 1  # TPU slices (or processes) that only a data-center network joins; `data` is a multiple of it
   log_every: int = 10
   save_every: int = 500
   keep: int = 3  # newest checkpoints kept
 
   def __post_init__(self):
-    for field in ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep'):
+    for field in ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep', 'slices'):
       if getattr(self, field) < 1:
         raise ConfigError(f'TrainConfig.{field}: expected a positive integer; found {getattr(self, field)}')
     for field, top in (('warmup_ratio', 1.0), ('beta1', 1.0), ('beta2', 1.0)):

@@ -57,14 +57,18 @@ class MeshError(ValueError):
   """A mesh that does not fit the devices, or a batch that does not fit the mesh."""
 
 
-def make_mesh(shape: tuple[int, int, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+  shape: tuple[int, int, int] | None = None, devices: Sequence[jax.Device] | None = None, *, slices: int = 1
+) -> Mesh:
   """A `data × fsdp × tensor` mesh.
 
   Args:
     shape: sizes of the three axes, one of which may be -1 (the rest). None puts every device on `fsdp`.
     devices: the devices it covers; None = all.
+    slices: TPU slices, or else processes, that only a data-center network joins. `data` goes over them, outermost, so
+      that gradients alone cross that network.
   Raises:
-    MeshError: the sizes do not multiply to the number of devices.
+    MeshError: the sizes do not multiply to the number of devices, or there are not so many slices.
   """
   count = len(jax.devices() if devices is None else devices)
   sizes = list((1, -1, 1) if shape is None else shape)
@@ -75,6 +79,8 @@ def make_mesh(shape: tuple[int, int, int] | None = None, devices: Sequence[jax.D
     sizes[sizes.index(-1)] = count // known
   if int(np.prod(sizes)) != count:
     raise MeshError(f'mesh {" × ".join(map(str, shape or sizes))} does not cover {count} device(s)')
+  if slices > 1:
+    return _hybrid_mesh(tuple(sizes), slices, jax.devices() if devices is None else devices)
   # Neighbours on an axis are neighbours on the chips' torus; an axis may be part of one of the torus's, or several.
   grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -85,12 +91,52 @@ def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
   return _OVERLAP if mesh.devices.flat[0].device_kind in _OVERLAP_KINDS else None
 
 
+def _hybrid_mesh(sizes: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+  """`data` outermost over the slices; what lies within one, as `create_device_mesh` has it."""
+  data, *rest = sizes
+  if data % slices:
+    raise MeshError(f'mesh: expected data to be a multiple of slices={slices}; found {data}')
+  found = {name: len({getattr(d, name, None) for d in devices}) for name in ('slice_index', 'process_index')}
+  if slices not in found.values():
+    have = f'{found["slice_index"]} slice(s) and {found["process_index"]} process(es)'
+    raise MeshError(f'mesh: expected devices of {slices} slices or processes; found {have}')
+  laid = mesh_utils.create_hybrid_device_mesh(
+    (data // slices, *rest),
+    (slices, 1, 1),
+    devices,
+    process_is_granule=found['slice_index'] != slices,
+    allow_split_physical_axes=True,
+  )
+  return Mesh(laid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
 def check_batch(batch_size: int, mesh: Mesh, micro_steps: int = 1) -> None:
   """Raises MeshError unless the rows of a micro-step divide over the batch axes of the mesh."""
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   if batch_size % (ways * micro_steps):
     times = f' times {micro_steps} micro-steps' if micro_steps > 1 else ''
     raise MeshError(f'batch size {batch_size} is not a multiple of data × fsdp = {ways}{times}')
+
+
+def process_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+  """(index, count): the global batch divides over `count` groups of processes, and this one's rows are of `index`.
+
+  Processes that `tensor` lies across hold the same rows, and are of one group.
+
+  Args:
+    process: None = this one.
+  Raises:
+    MeshError: processes share some of their rows, but not all.
+  """
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  held: dict[int, set[int]] = {}
+  for device, (rows,) in batch_sharding(mesh).devices_indices_map((ways,)).items():
+    held.setdefault(device.process_index, set()).add(rows.start or 0)
+  groups = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if len(groups) * len(groups[0]) != ways or len({row for rows in groups for row in rows}) != ways:
+    raise MeshError(f'mesh {dict(mesh.shape)}: {len(held)} processes share some rows of a batch, but not all of them')
+  process = jax.process_index() if process is None else process
+  return groups.index(tuple(sorted(held[process]))), len(groups)
 
 
 def check_parameter(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:

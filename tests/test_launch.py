@@ -232,6 +232,7 @@ def results(places, tmp_path_factory) -> dict[str, dict]:
   environment = {
     **os.environ,
     'PYTHONPATH': os.pathsep.join([str(REPOSITORY), str(REPOSITORY / 'tests')]),
+    'JAX_ENABLE_COMPILATION_CACHE': 'false',
     'XLA_FLAGS': '--xla_backend_optimization_level=0',
   }
   program = [sys.executable, 'tests/launcher.py', str(file), str(found)]

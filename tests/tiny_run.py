@@ -103,6 +103,7 @@ def command(script: str, *arguments, devices: int = 1, **pipes) -> subprocess.Po
     **os.environ,
     'PYTHONPATH': os.pathsep.join([str(REPOSITORY), str(REPOSITORY / 'tests')]),
     'JAX_PLATFORMS': 'cpu',
+    'JAX_ENABLE_COMPILATION_CACHE': 'false',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
   }
   program = [sys.executable, str(REPOSITORY / 'launch' / f'{script}.py'), *map(str, arguments)]

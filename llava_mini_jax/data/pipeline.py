@@ -27,6 +27,7 @@ from llava_mini_jax.data.mixture import Epochs, Mixture, Shuffled
 from llava_mini_jax.data.packing import FittedRows, Grouped, Packed, PackedRows
 from llava_mini_jax.data.rows import RowShape
 from llava_mini_jax.data.samples import RowTransform, Source
+from llava_mini_jax.sharding import process_rows
 from llava_mini_jax.types import Batch
 
 
@@ -159,8 +160,9 @@ def _check_sizes(tokenizer, model: LlavaMiniConfig, row: RowShape, processor: Me
 class DeviceBatches:
   """Batches on the devices, a few ahead of the consumer. Made by `device_batches`."""
 
-  def __init__(self, iterator: grain.experimental.ElasticIterator, sharding: jax.sharding.Sharding, ahead: int):
+  def __init__(self, iterator: grain.experimental.ElasticIterator, sharding: jax.sharding.NamedSharding, ahead: int):
     self._iterator, self._sharding, self._ahead = iterator, sharding, ahead
+    self._groups = process_rows(sharding.mesh)[1]
     self._ready: collections.deque[tuple[Batch, dict[str, Any]]] = collections.deque()
     self._end: Exception | None = None
     self._state = iterator.get_state()
@@ -183,8 +185,13 @@ class DeviceBatches:
     return batch
 
   def _put(self, arrays: dict[str, np.ndarray]) -> Batch:
-    put = jax.make_array_from_process_local_data
-    return Batch(**{name: put(self._sharding, array) for name, array in arrays.items()})
+    """The global batch, of which this process gives its group's rows (`sharding.process_rows`)."""
+
+    def put(array: np.ndarray) -> jax.Array:
+      whole = (len(array) * self._groups, *array.shape[1:])
+      return jax.make_array_from_process_local_data(self._sharding, array, whole)
+
+    return Batch(**{name: put(array) for name, array in arrays.items()})
 
   def get_state(self) -> dict[str, Any]:
     """The iterator's state just after the last batch handed out: a resume from it yields the batch after that."""
@@ -206,13 +213,14 @@ class DeviceBatches:
 
 
 def device_batches(
-  iterator: grain.experimental.ElasticIterator, sharding: jax.sharding.Sharding, *, ahead: int = 2
+  iterator: grain.experimental.ElasticIterator, sharding: jax.sharding.NamedSharding, *, ahead: int = 2
 ) -> DeviceBatches:
   """Puts batches on the devices before they are asked for.
 
   Args:
-    iterator: from `make_iterator`; owned by the result from now on.
-    sharding: of the row axis, as `sharding.batch_sharding(mesh)`; each process contributes the rows it holds.
+    iterator: from `make_iterator`, of the shard that `sharding.process_rows(mesh)` names; owned by the result from now
+      on.
+    sharding: of the row axis, as `sharding.batch_sharding(mesh)`; each process gives the rows that it holds.
     ahead: batches transferred beyond the one handed out.
   Returns:
     An iterator of `types.Batch` whose `get_state` and `set_state` concern the batches handed out, not those ahead.

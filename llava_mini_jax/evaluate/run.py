@@ -22,6 +22,7 @@ from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.images import PAD_COLOR
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.records import Record, Split, open_split
+from llava_mini_jax.distributed import is_writer
 from llava_mini_jax.evaluate.contact_sheet import contact_sheet
 from llava_mini_jax.evaluate.exact_match import accuracy, is_match
 from llava_mini_jax.infer.answer import Answerer
@@ -80,12 +81,18 @@ def evaluate(
       yield question.prompt
 
   bar = tqdm.tqdm(
-    answerer.answers(asked(), batch_size=batch_size), total=count, unit='question', desc=f'{images} images'
+    answerer.answers(asked(), batch_size=batch_size),
+    total=count,
+    unit='question',
+    desc=f'{images} images',
+    disable=not is_writer(),
   )
   for index, answer in enumerate(bar):
     rows[index] |= dict(answer=answer, correct=is_match(answer, rows[index]['truth']))
   run = answerer.run
   summary = dict(images=images, split=split, step=run.step, changes=list(run.changes), **accuracy(rows))
+  if not is_writer():
+    return summary
   out.mkdir(parents=True, exist_ok=True)
   name = images if count == len(records) else f'{images}_first_{count}'
   (out / f'answers_{name}.json').write_text(json.dumps(dict(summary=summary, answers=rows), indent=1) + '\n')

@@ -13,7 +13,7 @@ from llava_mini_jax.data.conversation import end_of_turn, load_template
 from llava_mini_jax.infer.generate import decode_step, generate, prefill
 from llava_mini_jax.infer.load import Loaded
 from llava_mini_jax.infer.prompts import Prompt, PromptEncoder
-from llava_mini_jax.sharding import batch_sharding, check_batch, use_mesh
+from llava_mini_jax.sharding import batch_sharding, check_batch, replicated, use_mesh
 from llava_mini_jax.train.tree import merge
 from llava_mini_jax.types import Batch
 
@@ -27,7 +27,8 @@ class Answerer:
     graphdef = run.graphdef
     self._end = eos_id = end_of_turn(run.tokenizer, load_template(run.experiment.data.template))
     self._generate = jax.jit(
-      lambda params, batch: generate(merge(graphdef, params), batch, max_new_tokens=max_new_tokens, eos_id=eos_id)
+      lambda params, batch: generate(merge(graphdef, params), batch, max_new_tokens=max_new_tokens, eos_id=eos_id),
+      out_shardings=replicated(run.mesh),  # every process reads all answers
     )
     self._prefill = jax.jit(
       lambda params, batch, slots: prefill(merge(graphdef, params), batch, slots), static_argnums=2

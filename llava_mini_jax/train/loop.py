@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +23,29 @@ from llava_mini_jax.data.packing import Packed
 from llava_mini_jax.data.pipeline import DeviceBatches, device_batches
 from llava_mini_jax.data.sizes import SIZES_NAME
 from llava_mini_jax.data.tokenizer import fingerprint, save_tokenizer
+from llava_mini_jax.distributed import is_writer
 from llava_mini_jax.experiment import Experiment
-from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, use_mesh
+from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, process_rows, use_mesh
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import TrainingError
 from llava_mini_jax.train.features import check_experiment, check_tower
 from llava_mini_jax.train.metrics import LOG_NAME, MetricsLog
 from llava_mini_jax.train.plots import training_curves
+from llava_mini_jax.train.profile import StepProfile
+from llava_mini_jax.train.run_log import run_log
 from llava_mini_jax.train.start import check_start, initial_state, resumed_state, trainer_for
-from llava_mini_jax.train.step import Trainer, saved_part
+from llava_mini_jax.train.step import State, Trainer, saved_part
 from llava_mini_jax.train.throughput import Throughput
 from llava_mini_jax.train.tree import flatten
 
-State = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
-def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
-  """Trains to the end, or on from the last checkpoint in `workdir`.
+def train(experiment: Experiment, workdir: Path, *, profile_steps: range | None = None) -> dict[str, float]:
+  """Trains to the end, or on from the last checkpoint in `workdir`. Every process of a run calls it.
 
-  Leaves in `workdir`: config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/, curves.png, and sizes.npz if
-  samples are packed or grouped.
+  Leaves in `workdir`: config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/, curves.png, logs/ (a file per
+  process), with `profile_steps` profile/, and sizes.npz if samples are packed or grouped.
 
   Returns:
     The last step's metrics.
@@ -52,20 +57,19 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
   config = experiment.train
 
   # -- inputs --------------------------------------------------------------------------------------------------------
+  if re.match(r'\w+:/', str(workdir)):
+    raise ConfigError(f'workdir: expected a directory of a mounted file system; found the address {workdir}')
   if is_imported(workdir):
     raise ConfigError(f'{workdir}: an imported run; name it in train.init_from and use another --workdir')
-  mesh = make_mesh(config.mesh)
+  mesh = make_mesh(config.mesh, slices=config.slices)
   check_batch(config.batch_size, mesh, config.accumulate)
+  shard_index, shard_count = process_rows(mesh)
   inputs = load_inputs(experiment.data, experiment.model, seed=config.seed, start=config.init_from)
   order = inputs.order(batch_size=config.batch_size, seed=config.seed, kept=workdir / SIZES_NAME)
   total = experiment.total_steps(inputs.rows(order, config.epochs))
   batches = device_batches(
     inputs.iterator(
-      order,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      shard_index=jax.process_index(),
-      shard_count=jax.process_count(),
+      order, batch_size=config.batch_size, seed=config.seed, shard_index=shard_index, shard_count=shard_count
     ),
     batch_sharding(mesh),
   )
@@ -81,34 +85,60 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     state, start, base = _start(experiment, trainer, checkpoints, batches, meta)
     meta |= base
     check_tower(inputs.features, experiment, trainer, state['frozen'])
-    if jax.process_index() == 0:
-      (workdir / 'config.json').write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
-      save_tokenizer(inputs.tokenizer, workdir / 'tokenizer')
-      print(_describe(experiment, trainer, inputs, order, start, total), flush=True)
+    profile = StepProfile(workdir, profile_steps, start=start, total=total)
+    with run_log(workdir) as log, contextlib.closing(profile):  # a run that is refused leaves the log as it was
+      described = _describe(experiment, trainer, inputs, order, start, total)
+      log.info(described)
+      if is_writer():
+        (workdir / 'config.json').write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
+        save_tokenizer(inputs.tokenizer, workdir / 'tokenizer')
+        print(described, flush=True)
+      steps = range(start + 1, total + 1)
+      last = _steps(experiment, workdir, trainer, state, batches, checkpoints, meta, profile, steps)
+      log.info('finished')
+  if is_writer():
+    training_curves(workdir / LOG_NAME, workdir / 'curves.png')
+  return last
 
-    # -- steps -------------------------------------------------------------------------------------------------------
-    throughput = Throughput(experiment.model, trainer)
-    pending, last = [], {}
-    with MetricsLog(workdir, start_step=start, total_steps=total, silent=jax.process_index() > 0) as log:
-      for step in range(start + 1, total + 1):
+
+def _steps(
+  experiment: Experiment,
+  workdir: Path,
+  trainer: Trainer,
+  state: State,
+  batches: DeviceBatches,
+  checkpoints: Checkpoints,
+  meta: dict[str, Any],
+  profile: StepProfile,
+  steps: range,
+) -> dict[str, float]:
+  """From a state to the end of the run; returns the last step's metrics. The state is donated."""
+  config, total = experiment.train, steps.stop - 1
+  throughput = Throughput(experiment.model, trainer)
+  pending, last, waited = [], {}, 0.0
+  with MetricsLog(workdir, start_step=steps.start - 1, total_steps=total, silent=not is_writer()) as log:
+    for step in steps:
+      with profile.step(step):
+        before = time.perf_counter()
         batch = next(batches)
+        waited += time.perf_counter() - before
         throughput.count(batch)
         state, metrics = trainer.step(state, batch)
-        pending.append((step, metrics))
-        save = step % config.save_every == 0 or step == total
-        # Metrics go to disk before the checkpoint that covers them, so a kill in between loses no line of the curve.
-        if save or step % config.log_every == 0:
-          for at, values in jax.device_get(pending):
-            last = {name: float(value) for name, value in values.items()}
-            _check_finite(int(at), last)
-            log.write(int(at), last | (throughput.since_last() if at == step else {}))
-          log.flush()
-          pending = []
-        if save:
-          checkpoints.save(step, saved_part(trainer, state), meta | dict(data=batches.get_state()))
-      checkpoints.wait()
-  if jax.process_index() == 0:
-    training_curves(workdir / LOG_NAME, workdir / 'curves.png')
+      profile.done(step, metrics)
+      pending.append((step, metrics))
+      save = step % config.save_every == 0 or step == total
+      # Metrics go to disk before the checkpoint that covers them, so a kill in between loses no line of the curve.
+      if save or step % config.log_every == 0:
+        for at, values in jax.device_get(pending):
+          last = {name: float(value) for name, value in values.items()}
+          _check_finite(int(at), last)
+          log.write(int(at), last | (throughput.since_last() if at == step else {}))
+        log.flush()
+        logger.info('step %d: loss %.6g; waited %.3f s for data since the last line', step, last['loss'], waited)
+        pending, waited = [], 0.0
+      if save:
+        checkpoints.save(step, saved_part(trainer, state), meta | dict(data=batches.get_state()))
+    checkpoints.wait()
   return last
 
 
@@ -145,7 +175,8 @@ def _start(
 
 # What a run may go on with as it likes: it changes no number, or is checked by what the path leads to.
 _FREE = re.compile(
-  r'config\.(train\.(log_every|save_every|keep|mesh|accumulate)|data\.(workers|dataset|tokenizer|template|features)|'
+  r'config\.(train\.(log_every|save_every|keep|mesh|slices|accumulate)|'
+  r'data\.(workers|dataset|tokenizer|template|features)|'
   r'model\.(scan\..*|visual_chunk)).*'
 )
 

@@ -119,7 +119,7 @@ def workdir(runs) -> Path:
 
 def test_what_a_run_leaves(workdir, base):
   dataset = make_dataset(base)
-  names = ['checkpoints', 'config.json', 'curves.png', 'metrics.jsonl', 'tensorboard', 'tokenizer']
+  names = ['checkpoints', 'config.json', 'curves.png', 'logs', 'metrics.jsonl', 'tensorboard', 'tokenizer']
   assert sorted(path.name for path in workdir.iterdir()) == names
   assert Experiment.from_dict(json.loads((workdir / 'config.json').read_text())) == experiment(dataset)
   assert fingerprint(load_tokenizer(workdir / 'tokenizer')) == fingerprint(load_tokenizer(dataset / 'tokenizer'))

@@ -1,0 +1,175 @@
+"""How many processes a run has, and their meeting: the one place that starts `jax.distributed`.
+
+Enters: the flags --coordinator, --num_processes, --process_id, and the environment of the scheduler. Leaves: processes
+that see each other's devices, or a single one. What JAX knows how to find (SLURM, GKE, TPU VM metadata) is left to it:
+https://docs.jax.dev/en/latest/multi_process.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from llava_mini_jax.config import ConfigError
+
+TIMEOUT = 300  # seconds that processes wait for each other at the start, as JAX's
+_SHUTDOWN = 30  # seconds that one which failed alone waits for the others before it ends
+_SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
+_GOOGLE = '0x1ae0'  # PCI vendor of TPU chips
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """Who the processes are."""
+
+  found_in: str  # none = a single process; flags, slurm, gke, tpu_vm
+  coordinator: str | None = None  # HOST:PORT of process 0
+  num_processes: int | None = None  # None = only JAX can find out
+  process_id: int | None = None
+
+  @property
+  def several(self) -> bool:
+    return self.num_processes != 1
+
+
+SINGLE = Cluster('none', num_processes=1, process_id=0)
+
+
+def is_writer() -> bool:
+  """Whether this process is the one that writes what is written once, and shows progress."""
+  return jax.process_index() == 0
+
+
+def find_cluster(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  environment: Mapping[str, str] | None = None,
+  devices: Path = Path('/sys/bus/pci/devices'),
+) -> Cluster:
+  """A single process unless flags, JAX's variables or a scheduler say otherwise.
+
+  Args:
+    coordinator, num_processes, process_id: the flags; None = not given, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+      and JAX_PROCESS_ID count. All three or none, but num_processes=1 alone overrules whatever is found.
+    environment: None = that of this process. devices: where Linux lists PCI devices.
+  Raises:
+    ConfigError: some of the three without the others, values that cannot be, or ones that differ from the scheduler's.
+  """
+  environment = os.environ if environment is None else environment
+  given = dict(
+    coordinator=_choose('coordinator', coordinator, 'JAX_COORDINATOR_ADDRESS', environment),
+    num_processes=_choose('num_processes', num_processes, 'JAX_NUM_PROCESSES', environment),
+    process_id=_choose('process_id', process_id, 'JAX_PROCESS_ID', environment),
+  )
+  if given['num_processes'] == 1 and not given['coordinator'] and not given['process_id']:
+    return SINGLE
+  scheduled = _scheduled(environment, devices)
+  if all(value is None for value in given.values()):
+    return scheduled
+  missing = [f'--{name}' for name, value in given.items() if value is None]
+  if missing:
+    raise ConfigError(f'processes: expected --coordinator, --num_processes and --process_id; missing {missing}')
+  host, _, port = given['coordinator'].rpartition(':')
+  if not host or not port.isdecimal():
+    raise ConfigError(f'--coordinator: expected HOST:PORT; found {given["coordinator"]!r}')
+  if not 0 <= given['process_id'] < given['num_processes']:
+    raise ConfigError(f'--process_id: expected 0 to {given["num_processes"] - 1}; found {given["process_id"]}')
+  for name in ('num_processes', 'process_id'):
+    theirs = getattr(scheduled, name)
+    if scheduled.found_in != 'none' and theirs not in (None, given[name]):
+      raise ConfigError(f'--{name}: expected {theirs}, which {scheduled.found_in} says; found {given[name]}')
+  return Cluster('flags', **given)
+
+
+def _choose(name: str, flag: str | int | None, variable: str, environment: Mapping[str, str]) -> str | int | None:
+  """The flag, else the variable, which must not differ."""
+  text = environment.get(variable)
+  if not text:
+    return flag
+  value = _integer(variable, text) if name != 'coordinator' else text
+  if flag not in (None, value):
+    raise ConfigError(f'--{name}: expected {value!r}, which {variable} says; found {flag!r}')
+  return value
+
+
+def _integer(name: str, text: str) -> int:
+  if not text.isdecimal():
+    raise ConfigError(f'{name}: expected an integer; found {text!r}')
+  return int(text)
+
+
+def _scheduled(environment: Mapping[str, str], devices: Path) -> Cluster:
+  """What the scheduler says; a TPU VM says it only to JAX, which asks its metadata server."""
+  if all(environment.get(name) for name in _SLURM):
+    count, index = (_integer(name, environment[name]) for name in ('SLURM_NTASKS', 'SLURM_PROCID'))
+    return Cluster('slurm', None, count, index) if count > 1 else SINGLE
+  platforms = environment.get('JAX_PLATFORMS', '')
+  if platforms and 'tpu' not in platforms.split(','):
+    return SINGLE
+  hosts = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
+  if hosts:
+    slices = _integer('MEGASCALE_NUM_SLICES', environment.get('MEGASCALE_NUM_SLICES') or '1')
+    count = slices * len(hosts.split(','))
+    return Cluster('gke', num_processes=count) if count > 1 else SINGLE
+  vendors = (path.read_text().strip() for path in devices.glob('*/vendor'))
+  if _GOOGLE in vendors and 'TPU_SKIP_MDS_QUERY' not in environment:
+    return Cluster('tpu_vm')
+  return SINGLE
+
+
+@contextlib.contextmanager
+def processes(cluster: Cluster, *, timeout: int = TIMEOUT) -> Iterator[None]:
+  """Inside, `jax.devices()` are those of all processes; must be entered before JAX computes anything.
+
+  If they have not met after `timeout` seconds, the process prints one line and ends with status 1.
+
+  Raises:
+    ConfigError: JAX cannot find out who the processes are.
+  """
+  if not cluster.several:
+    yield
+    return
+  explicit = cluster.found_in == 'flags'
+  # When a connection fails, the runtime aborts the process from C++ instead of raising, so ours has to be the first.
+  timer = threading.Timer(timeout, _give_up, [cluster, timeout])
+  timer.daemon = True
+  timer.start()
+  try:
+    jax.distributed.initialize(
+      cluster.coordinator,
+      cluster.num_processes if explicit else None,
+      cluster.process_id if explicit else None,
+      cluster_detection_method='deactivate' if explicit else None,
+      initialization_timeout=2 * timeout,
+      shutdown_timeout_seconds=_SHUTDOWN,
+    )
+  except (RuntimeError, ValueError, OSError) as error:  # OSError: what asks the metadata server raises
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise ConfigError(f'processes ({cluster.found_in}): {reason}; --num_processes=1 runs a single one') from error
+  finally:
+    timer.cancel()
+  try:
+    yield
+  finally:
+    jax.distributed.shutdown()
+
+
+def _give_up(cluster: Cluster, timeout: int) -> None:
+  who = 'process' if cluster.process_id is None else f'process {cluster.process_id} of {cluster.num_processes}'
+  where = f' at {cluster.coordinator}' if cluster.coordinator else ''
+  print(
+    f'error: {who} ({cluster.found_in}): the others did not meet it{where} within {timeout} s; '
+    'are all of them started, with the same --coordinator, and may they reach each other?',
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)

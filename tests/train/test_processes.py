@@ -1,0 +1,181 @@
+"""Two processes on one machine train, resume and evaluate as one process does that has the devices of both."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import REPOSITORY, make_dataset
+
+from llava_mini_jax.train.checkpoint import Checkpoints
+from llava_mini_jax.train.metrics import LOG_NAME
+
+STEPS, HALF = 12, 6
+EXACT = ('step', 'loss', 'accuracy', 'target_tokens', 'grad_norm', 'learning_rate')
+
+
+@dataclasses.dataclass
+class Run:
+  workdir: Path
+  printed: list[str]  # by each process, stdout and stderr together
+
+  @property
+  def rows(self) -> list[dict]:
+    found = [json.loads(line) for line in (self.workdir / LOG_NAME).read_text().splitlines()]
+    return [{name: row[name] for name in EXACT} for row in found]
+
+  def samples(self, process: int) -> list[list[str]]:
+    """Hashes of the rows of each batch that the process gave."""
+    path = self.workdir.with_name(f'{self.workdir.name}.{process}.jsonl')
+    return [json.loads(line) for line in path.read_text().splitlines()][:STEPS]  # more were prepared ahead
+
+
+def start(program: list, count: int, devices: int) -> list[str]:
+  """Runs it as so many processes of so many devices each; what each of them printed."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  environment = {
+    **os.environ,
+    'PYTHONPATH': os.pathsep.join([str(REPOSITORY), str(REPOSITORY / 'tests')]),
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_ENABLE_COMPILATION_CACHE': 'false',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
+  }
+  started = []
+  for index in range(count):
+    flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={index}']
+    words = [str(word).format(process=index) for word in program] + (flags if count > 1 else [])
+    started.append(
+      subprocess.Popen(
+        [sys.executable, *words],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+    )
+  printed = [process.communicate()[0] for process in started]
+  assert [process.returncode for process in started] == [0] * count, '\n'.join(printed)
+  return printed
+
+
+def train(dataset: Path, workdir: Path, count: int, devices: int, *overrides: str) -> Run:
+  program = [
+    'tests/recorded_run.py',
+    f'{workdir}.{{process}}.jsonl',
+    f'--config=tests/tiny_run.py:{dataset}',
+    f'--workdir={workdir}',
+    f'--config.train.max_steps={STEPS}',
+    f'--config.train.save_every={HALF}',
+    *overrides,
+  ]
+  return Run(workdir, start(program, count, devices))
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> dict[str, Run]:
+  """`two` processes of four devices and `one` of eight; both again from the checkpoint in the middle of `two`; a
+  parameter over two processes (`split`) and over two devices of one (`whole`)."""
+  dataset, root = make_dataset(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp('processes')
+  tensor = '--config.train.mesh=(1,1,2)'
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    jobs = {
+      'two': pool.submit(train, dataset, root / 'two', 2, 4),
+      'one': pool.submit(train, dataset, root / 'one', 1, 8),
+      'split': pool.submit(train, dataset, root / 'split', 2, 1, tensor),
+      'whole': pool.submit(train, dataset, root / 'whole', 1, 2, tensor),
+    }
+    found = {name: job.result() for name, job in jobs.items()}
+    for name in ('again', 'moved'):
+      shutil.copytree(root / 'two', root / name)
+      shutil.rmtree(root / name / 'checkpoints' / str(STEPS))
+    layered = ('--config.train.mesh=(2,4,1)', '--config.train.slices=2')
+    jobs = {
+      'again': pool.submit(train, dataset, root / 'again', 2, 4),
+      'moved': pool.submit(train, dataset, root / 'moved', 2, 4, *layered),
+    }
+    return found | {name: job.result() for name, job in jobs.items()}
+
+
+def close(found: list[dict], expected: list[dict]) -> None:
+  assert len(found) == len(expected)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose([a[name] for name in EXACT], [b[name] for name in EXACT], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('several', 'one'), [('two', 'one'), ('split', 'whole')])
+def test_same_numbers_as_one_process(runs, several, one):
+  assert [row['step'] for row in runs[several].rows] == list(range(1, STEPS + 1))
+  close(runs[several].rows, runs[one].rows)
+
+
+def test_same_samples_as_one_process(runs):
+  """Each process gives half of every batch, and together they are the batch of one process."""
+  whole = runs['one'].samples(0)
+  halves = [runs['two'].samples(process) for process in range(2)]
+  for batch, *parts in zip(whole, *halves, strict=True):
+    assert [len(part) for part in parts] == [4, 4]
+    assert sorted(parts[0] + parts[1]) == sorted(batch)
+  assert len({row for batch in whole for row in batch}) == 12  # that there is something to confuse
+
+
+def test_processes_of_one_parameter_read_the_same_rows(runs):
+  """Of a row, every process that holds parts of the parameters needs all."""
+  assert runs['split'].samples(0) == runs['split'].samples(1) == runs['whole'].samples(0)
+
+
+def test_resumed_by_two_processes(runs):
+  assert 'steps 6 to 12' in runs['again'].printed[0]
+  assert runs['again'].rows == runs['two'].rows
+
+
+def test_resumed_on_a_mesh_of_two_slices(runs):
+  """`data` over the processes, `fsdp` within them."""
+  assert "'data': 2, 'fsdp': 4" in runs['moved'].printed[0]
+  assert runs['moved'].rows[:HALF] == runs['two'].rows[:HALF]
+  close(runs['moved'].rows, runs['two'].rows)
+
+
+def test_one_writes_and_each_logs(runs):
+  two, one = runs['two'], runs['one']
+  names = sorted(path.name for path in one.workdir.iterdir())
+  assert sorted(path.name for path in two.workdir.iterdir()) == names
+  assert len(list((two.workdir / 'tensorboard').iterdir())) == 1
+  assert [path.name for path in sorted((two.workdir / 'logs').iterdir())] == ['process_0.log', 'process_1.log']
+  for index in range(2):
+    lines = (two.workdir / 'logs' / f'process_{index}.log').read_text().splitlines()
+    assert f'process {index} of 2 on ' in lines[0]
+    assert f'step {STEPS}: loss ' in lines[-2] and lines[-1].endswith('finished')
+  shown = [line for line in two.printed[1].splitlines() if 'Gloo' not in line]
+  assert shown == [], 'only the first process shows progress'
+  assert 'parameters train' in two.printed[0]
+
+
+def test_a_checkpoint_of_both(runs):
+  with Checkpoints(runs['two'].workdir / 'checkpoints') as checkpoints:
+    assert checkpoints.latest_step == STEPS
+    assert checkpoints.meta()['data'] == {'global_next_index': STEPS * 8}
+
+
+def test_evaluated_by_two_processes(runs, tmp_path_factory):
+  dataset, run = make_dataset(tmp_path_factory.getbasetemp()), runs['two'].workdir
+  answers = {}
+  for count in (1, 2):
+    out = tmp_path_factory.mktemp(f'answers_{count}')
+    words = [f'--workdir={run}', f'--dataset={dataset}', '--split=train', '--batch_size=8', f'--out={out}']
+    printed = start(['launch/evaluate.py', *words], count, 4 // count)
+    assert 'exact match' in printed[0]
+    assert all('exact match' not in text for text in printed[1:])
+    answers[count] = json.loads((out / 'answers_real.json').read_text())
+  assert answers[1] == answers[2]
