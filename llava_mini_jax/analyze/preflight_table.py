@@ -84,16 +84,18 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
   lines = [
     f'Compiled with {"; ".join(compilers)}.',
     '',
-    '| model | stage | chips | GiB per chip | predicted ms (full overlap to none) | MFU | rows/s per chip |',
-    '|---|---|---|---|---|---|---|',
+    '| model | stage | chips | GiB per chip | predicted ms (full overlap to none) | MFU | rows/s per chip | hours |',
+    '|---|---|---|---|---|---|---|---|',
   ]
   for key, found in _ordered(table):
     memory = f'{found["used"] / GIB:.1f} of {found["capacity"] / GIB:.1f}'
     if found['fits']:
       span = f'{found["seconds"] * 1e3:.0f} ({found["seconds_low"] * 1e3:.0f} to {found["seconds_high"] * 1e3:.0f})'
-      rest = [span, f'{found["mfu"]:.3f}', f'{found["rows_per_second_per_device"]:.2f}']
+      samples = SAMPLES.get(key.split()[1], 0)
+      hours = f'{samples / found["rows"] * found["seconds"] / 3600:.1f}' if samples else ''
+      rest = [span, f'{found["mfu"]:.3f}', f'{found["rows_per_second_per_device"]:.2f}', hours]
     else:
-      memory, rest = f'**{memory}**', [f'does not fit: {found["suggestion"]}', '', '']
+      memory, rest = f'**{memory}**', [f'does not fit: {found["suggestion"]}', '', '', '']
     lines.append(f'| {" | ".join([*key.split(), memory, *rest])} |')
   lines += [
     '',
@@ -158,7 +160,7 @@ def picture(table: Mapping[str, Mapping[str, Any]], file: Path) -> None:
   time.invert_yaxis()
   time.set_xlabel('predicted seconds per step of 256 rows; range: full overlap to none')
   memory.set_xlabel('GiB per chip; mark: what a chip has')
-  memory.set_xscale('log')
+  memory.set_xlim(left=0)
   memory.legend(loc='lower right')
   for axes in (time, memory):
     axes.grid(axis='x', alpha=0.3)

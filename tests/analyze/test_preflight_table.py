@@ -77,9 +77,9 @@ def test_the_documents_table():
   lines = markdown(table).splitlines()
   assert lines[0] == 'Compiled with jax 1.0.'
   assert lines[4:7] == [
-    '| vicuna_7b | stage1 | v5e-64 | 5.0 of 16.0 | 2000 (1000 to 4000) | 0.500 | 2.00 |',
-    '| vicuna_7b | stage2 | v5e-64 | 5.0 of 16.0 | 3000 (1500 to 6000) | 0.500 | 1.33 |',
-    '| vicuna_13b | stage2 | v5e-64 | **20.0 of 16.0** | does not fit: use more chips |  |  |',
+    '| vicuna_7b | stage1 | v5e-64 | 5.0 of 16.0 | 2000 (1000 to 4000) | 0.500 | 2.00 | 1.2 |',
+    '| vicuna_7b | stage2 | v5e-64 | 5.0 of 16.0 | 3000 (1500 to 6000) | 0.500 | 1.33 | 4.3 |',
+    '| vicuna_13b | stage2 | v5e-64 | **20.0 of 16.0** | does not fit: use more chips |  |  |  |',
   ]
   assert lines[-2:] == ['| vicuna_7b | v5e-64 | 5.5 (2.8 to 11.1) | 355 |', '| the paper, 7B | 8 A100 | 48 | 384 |']
 
