@@ -34,7 +34,7 @@ _AGAINST_MESH = flags.DEFINE_list('against_mesh', None, 'Mesh of the second; def
 _TEXT = flags.DEFINE_integer('text', 64, 'Text tokens of a prompt.', lower_bound=1)
 _NEW = flags.DEFINE_integer('new_tokens', 128, 'Tokens of an answer.', lower_bound=1)
 _PARAMS = flags.DEFINE_enum('params', 'float32', ['float32', 'bfloat16'], 'Parameters, unless training.')
-_OPTIONS = flags.DEFINE_list('compiler_options', [], 'NAME=VALUE,…; they win over what the chip is given by default.')
+_OPTIONS = flags.DEFINE_list('compiler_options', [], 'NAME=VALUE,…; they win over what the program has.')
 _KERNELS = flags.DEFINE_float(
   'kernel_efficiency', None, "Share of the peak that Pallas kernels reach; default: chip's."
 )

@@ -76,7 +76,7 @@ def preflight(
 
   Args:
     name: of the experiment, for the report.
-    options: of the compiler, besides those that the chip needs (`topologies.CHIPS`); they win.
+    options: of the compiler, besides those that the program has; they win.
     kernel_efficiency: share of the peak that Pallas kernels reach; None = the chip's.
   Returns:
     The report, and the scheduled text of the compiled program ('' if there is none).
@@ -84,7 +84,7 @@ def preflight(
     Whatever the compiler raises, other than that memory does not suffice.
   """
   chip = topology.chip
-  options = dict(chip.flags if chip else ()) | dict(options or {})
+  options = dict(options or {})
   traced = program.trace()
   counted = jaxpr_flops.count(traced.jaxpr)
   memory = {kind: _device_bytes(tree) for kind, tree in program.kinds.items()}
@@ -119,7 +119,7 @@ def preflight(
     mesh=dict(program.mesh.shape),
     rows=program.rows,
     sizes=dict(program.sizes),
-    options=options,
+    options={**program.options, **options},
     versions=_versions(topology),
     compile_seconds=time.perf_counter() - begin,
     fits=fits,

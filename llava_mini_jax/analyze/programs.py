@@ -24,7 +24,7 @@ from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.infer.generate import decode_step, prefill
 from llava_mini_jax.infer.prompts import prompt_shape
-from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, use_mesh
+from llava_mini_jax.sharding import batch_sharding, check_batch, compiler_options, make_mesh, use_mesh
 from llava_mini_jax.train.start import trainer_for
 from llava_mini_jax.train.throughput import trained_modules
 from llava_mini_jax.train.tree import merge, sharded_model, unflatten
@@ -44,6 +44,7 @@ class Program:
   sizes: Mapping[str, int]  # L, M, T, V and what else shapes it
   model_flops: float  # of all devices
   kinds: Mapping[str, Any]  # arguments by kind: parameters, frozen parameters, optimizer, batch, cache
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the compiler, which the function has
 
   def trace(self) -> jax.stages.Traced:
     with use_mesh(self.mesh):
@@ -156,6 +157,7 @@ def _training(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
       'optimizer': state['opt'],
       'batch': batch,
     },
+    options=compiler_options(mesh) or {},
   )
 
 

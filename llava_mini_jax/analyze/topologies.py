@@ -39,39 +39,16 @@ class Chip:
   # Share of the peak that a well-blocked attention kernel is taken to reach, masked blocks counted. The compiler's own
   # cycles say 0.62 (v5e) and 0.22 to 0.45 (v6e) of a forward pass over 1,024 tokens in blocks of 512.
   kernel_efficiency: float
-  flags: tuple[tuple[str, bool | str], ...] = ()  # compiler options that this chip needs to overlap communication
   note: str = ''  # what is known to be off in predictions for it
 
-
-_ASYNC = tuple(
-  dict.fromkeys(
-    (
-      'xla_enable_async_all_gather',
-      'xla_enable_async_all_reduce',
-      'xla_tpu_overlap_compute_collective_tc',
-      'xla_tpu_enable_async_collective_fusion',
-      'xla_tpu_enable_async_collective_fusion_fuse_all_gather',
-      'xla_tpu_enable_async_collective_fusion_multiple_steps',
-    ),
-    True,
-  ).items()
-)
 
 CHIPS = {
   'v4': Chip(1.05e9, 275e12, 1228e9, 30.75 * GIB, 93.3e9, 140e9, 0.5, note='collective bandwidth scaled from v5p'),
   'v5e': Chip(1.5e9, 197e12, 819e9, 15.75 * GIB, 93.3e9, 93.3e9, 0.5),
-  'v5p': Chip(1.75e9, 459e12, 2765e9, 95.74 * GIB, 186.7e9, 280e9, 0.5, _ASYNC),
-  'v6e': Chip(1.75e9, 918e12, 1640e9, 31.25 * GIB, 186.7e9, 186.7e9, 0.3, _ASYNC),
+  'v5p': Chip(1.75e9, 459e12, 2765e9, 95.74 * GIB, 186.7e9, 280e9, 0.5),
+  'v6e': Chip(1.75e9, 918e12, 1640e9, 31.25 * GIB, 186.7e9, 186.7e9, 0.3),
   'tpu7x': Chip(
-    1.9e9,
-    1153.5e12,
-    3690e9,
-    94.75 * GIB,
-    186.7e9,
-    280e9,
-    0.3,
-    _ASYNC,
-    'its cycle estimates inside loops are unreliable',
+    1.9e9, 1153.5e12, 3690e9, 94.75 * GIB, 186.7e9, 280e9, 0.3, 'its cycle estimates inside loops are unreliable'
   ),
 }
 _MEGACORE = ('v4', 'v5p')  # one JAX device per chip, of two cores
