@@ -109,7 +109,7 @@ def make_program(
   require_choice('step', step, STEPS)
   require_choice('dtype', dtype, ('float32', 'bfloat16'))
   devices = topology.devices()
-  grid = make_mesh(mesh or experiment.train.mesh, devices)
+  grid = make_mesh(mesh or experiment.train.mesh, devices, slices=topology.slices)
   if step == 'train':
     rows = batch or experiment.train.batch_size
     check_batch(rows, grid, experiment.train.accumulate)

@@ -156,7 +156,7 @@ def test_the_place_of_an_instruction():
 def test_json():
   values = to_json(on_cpus()[1])
   again = json.loads(json.dumps(values))
-  assert again['memory'] == values['memory'] and again['collectives'][0]['kind'] == 'all-reduce'
+  assert again['memory'] == values['memory'] and 'all-reduce' in {c['kind'] for c in again['collectives']}
   assert (again['cost'], again['suggestion'], again['step']) == (None, '', 'train')
 
 
