@@ -271,6 +271,8 @@ def build_dataclass(cls, values: Mapping[str, Any], path: str):
   Raises:
     ConfigError: an unknown field (with the closest name), a missing one, or a value of the wrong type.
   """
+  if not isinstance(values, Mapping):
+    raise ConfigError(f'{path}: expected a mapping of fields; found {values!r}')
   fields = {f.name: f for f in dataclasses.fields(cls)}
   arguments = {}
   for name, value in values.items():
@@ -278,8 +280,6 @@ def build_dataclass(cls, values: Mapping[str, Any], path: str):
     if name not in fields:
       raise ConfigError(f'{where}: unknown field{_suggest(name, fields)}')
     if name in _NESTED:
-      if not isinstance(value, Mapping):
-        raise ConfigError(f'{where}: expected a mapping of fields; found {value!r}')
       arguments[name] = build_dataclass(_NESTED[name], value, where)
       continue
     expected = fields[name].type

@@ -15,6 +15,8 @@ import ml_collections
 
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig, build_dataclass, require_choice
 
+BAD_SAMPLE = ('raise', 'mask')
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -49,10 +51,16 @@ class DataConfig:
   flip: float = 0.0  # probability of a horizontal flip
   shift: int = 0  # most pixels of a random shift that keeps the content inside
   workers: int = 0  # data worker processes
+  # raise = a bad sample ends the run; mask = it keeps its place in the batch, as padding, is counted and logged
+  bad_sample: str = 'raise'
+  bad_sample_share: float = 0.001  # of a run's samples that may be masked; the one after them ends the run
   features: str = ''  # directory written by prepare_data.py --features: the frozen tower's output is read, not computed
 
   def __post_init__(self):
     require_choice('DataConfig.aspect', self.aspect, ('pad', 'crop'))
+    require_choice('DataConfig.bad_sample', self.bad_sample, BAD_SAMPLE)
+    if not 0 <= self.bad_sample_share <= 1:
+      raise ConfigError(f'DataConfig.bad_sample_share: expected a share from 0 to 1; found {self.bad_sample_share}')
     for field in ('row_length', 'pack_window'):
       if getattr(self, field) < 1:
         raise ConfigError(f'DataConfig.{field}: expected a positive integer; found {getattr(self, field)}')
@@ -62,7 +70,10 @@ class DataConfig:
     if self.pack and self.group_by_length:
       raise ConfigError('DataConfig: expected at most one of pack and group_by_length; found both')
     for field in ('row_lengths', 'visual_counts'):
-      if getattr(self, field) and not self.group_by_length:
+      found = getattr(self, field)
+      if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in found):
+        raise ConfigError(f'DataConfig.{field}: expected positive integers; found {found!r}')
+      if found and not self.group_by_length:
         raise ConfigError(f'DataConfig.{field}: expected none without group_by_length')
     if (self.pack or self.group_by_length) and (self.max_turns or self.side_by_side):
       raise ConfigError('DataConfig: expected no max_turns and no side_by_side with pack or group_by_length; found one')
@@ -124,6 +135,8 @@ class TrainConfig:
       raise ConfigError(f'TrainConfig.lora_targets: expected path patterns; found {self.lora_targets!r}')
     if not all(isinstance(size, int) for size in self.mesh):
       raise ConfigError(f'TrainConfig.mesh: expected integers; found {self.mesh!r}')
+    if not all(isinstance(pattern, str) for pattern in self.init_fresh):
+      raise ConfigError(f'TrainConfig.init_fresh: expected patterns; found {self.init_fresh!r}')
     for row in self.groups:
       if not isinstance(row, tuple) or len(row) != 2 or not isinstance(row[0], str):
         raise ConfigError(f"TrainConfig.groups: expected (pattern, learning rate or 'frozen'); found {row!r}")
@@ -147,6 +160,8 @@ class Experiment:
     """Inverse of `to_dict`, also from a ConfigDict or JSON. Raises ConfigError naming what is wrong."""
     if isinstance(values, ml_collections.ConfigDict):
       values = values.to_dict()
+    if not isinstance(values, Mapping):
+      raise ConfigError(f'config: expected the sections model, data, train; found {values!r}')
     unknown = sorted(set(values) - {'model', 'data', 'train'})
     missing = sorted({'model', 'data', 'train'} - set(values))
     if unknown or missing:

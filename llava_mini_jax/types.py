@@ -41,6 +41,8 @@ class Batch:
   # [B M V P W]; what the vision tower makes of the pixels, computed before. The tower is skipped, and `pixels` are
   # [B M V 0 0 3].
   features: Array | None = None
+  # int32[B]; samples of the row that were bad and left nothing but padding. None = a bad sample is an error.
+  bad_samples: Array | None = None
 
 
 @_pytree

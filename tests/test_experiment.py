@@ -260,8 +260,16 @@ MISTAKES = {
   "train.mesh: expected tuple; found '1,8,1'": experiment_dict('train', mesh='1,8,1'),
   # data
   "DataConfig.aspect: expected one of pad, crop; found 'stretch'": experiment_dict('data', aspect='stretch'),
+  "DataConfig.bad_sample: expected one of raise, mask; found 'skip'": experiment_dict('data', bad_sample='skip'),
+  'DataConfig.bad_sample_share: expected a share from 0 to 1; found 1.5': experiment_dict('data', bad_sample_share=1.5),
+  'data.bad_sample_share: expected float; found nan': experiment_dict('data', bad_sample_share=NAN),
   'DataConfig.row_length: expected a positive integer; found 0': experiment_dict('data', row_length=0),
   'DataConfig.row_lengths: expected none without group_by_length': experiment_dict('data', row_lengths=[9]),
+  'DataConfig.row_lengths: expected positive integers; found (9, True)': experiment_dict('data', row_lengths=[9, True]),
+  "DataConfig.visual_counts: expected positive integers; found ('9',)": experiment_dict('data', visual_counts=['9']),
+  'TrainConfig.init_fresh: expected patterns; found (3,)': experiment_dict('train', init_fresh=[3]),
+  'data: expected a mapping of fields; found []': sections(data=[]),
+  "config: expected the sections model, data, train; found 'x'": lambda: Experiment.from_dict('x'),
   'DataConfig.visual_counts: expected none without group_by_length': experiment_dict('data', visual_counts=[9]),
   **{
     f'DataConfig.{field}: expected 0 or more; found -1': experiment_dict('data', **{field: -1})

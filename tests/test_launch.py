@@ -101,8 +101,8 @@ MISTAKES = {
   'corrupt image in the dataset': (
     'train',
     [*TRAIN, '--config.data.dataset={tmp}/corrupt', '--config.data.tokenizer={data}/tokenizer'],
-    "error: E_IMG_FORMAT: sample 'bad': image 0: expected JPEG, PNG, WEBP, GIF, BMP; "
-    "found 8 bytes starting b'no image'",
+    "error: E_IMG_FORMAT: {tmp}/corrupt: record 0 of split train: sample 'bad': image 0: "
+    "expected JPEG, PNG, WEBP, GIF, BMP; found 8 bytes starting b'no image'",
   ),
   'another model in the workdir': (
     'train',

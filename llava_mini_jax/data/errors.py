@@ -17,5 +17,9 @@ class DataError(ValueError):
     self.where = where
     self.message = message
 
+  def at(self, place: str) -> DataError:
+    """The same error, led by where the thing itself lies; '' = as it is."""
+    return DataError(self.code, f'{place}: {self.where}', self.message) if place else self
+
   def __reduce__(self):  # worker processes hand exceptions back by pickling their arguments
     return type(self), (self.code, self.where, self.message)

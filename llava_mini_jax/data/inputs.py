@@ -50,10 +50,12 @@ class Inputs:
     if not (config.pack or config.group_by_length):
       return Shuffled(self.source, seed) if isinstance(self.source, Mixture) else None
     measure = SampleSize(self.tokenizer, config.template, self._system, self.model, self.row, self.processor.sampler)
-    options = dict(workers=config.workers)
+    options = dict(workers=config.workers, bad_sample=config.bad_sample)
     sizes = kept_sizes(kept, self.source, measure, **options) if kept else record_sizes(self.source, measure, **options)
     if config.truncate:
       sizes[:, 0] = np.minimum(sizes[:, 0], self.row.length)
+    if config.bad_sample == 'mask':  # a row too long is refused when it is laid out
+      sizes[(sizes > (self.row.length, self.row.visuals)).any(axis=1)] = 0
     if config.pack:
       return Packed(self.source, sizes, self.row, seed, config.pack_window)
     # without any visual in a batch, gradients would reach text embeddings that are detached elsewhere
@@ -64,6 +66,13 @@ class Inputs:
   def rows(self, order: Order | None, epochs: float) -> int:
     """Rows that so many epochs have."""
     return int(epochs * len(self.source)) if order is None else Epochs(order, None).items_in(epochs)
+
+  def samples(self, order: Order | None, rows: int) -> int:
+    """Samples that so many rows hold; of packed rows about, as many each as those of the first epoch."""
+    if not isinstance(order, Packed):
+      return rows
+    groups = order(0)
+    return rows * sum(map(len, groups)) // len(groups)
 
   def iterator(
     self, order: Order | None, *, batch_size: int, seed: int, shard_index: int, shard_count: int
@@ -89,6 +98,7 @@ class Inputs:
       truncate=config.truncate,
       order=order,
       features=self.features,
+      bad_sample=config.bad_sample,
     )
 
   @property

@@ -166,6 +166,11 @@ class Mixture:
     record = self.split(i)[of_part]
     return {**record, 'id': f'{self.parts[i].name}:{record["id"]}'}
 
+  def place(self, index: int) -> str:
+    """Names record `index` in errors, by its place in its own dataset."""
+    i, of_part = self.locate(index)
+    return self.split(i).place(of_part)
+
   def locate(self, index: int) -> tuple[int, int]:
     """Of which part record `index` is, and which record of its split. Raises IndexError past the end."""
     if not 0 <= index < len(self):

@@ -224,7 +224,7 @@ def pack_rows(rows: Sequence[Row], shape: RowShape) -> Row:
       any length. They may be packed themselves.
     shape: of the result.
   Returns:
-    The fields of the rows; branch_ids if one of them has it.
+    The fields of the rows; branch_ids if one of them has it. A masked row leaves nothing but its count.
   Raises:
     DataError: E_TOO_LONG if tokens, visuals or the fused text of one of them do not fit.
   """
@@ -255,6 +255,8 @@ def pack_rows(rows: Sequence[Row], shape: RowShape) -> Row:
       packed[name][to, : index.shape[1]] = np.where(index < len(row['tokens']), index + start, shape.length)
     start, first, segments = start + length, first + count, packed['segment_ids'][at].max(initial=segments)
   packed['fuse_mask'] = packed['fuse_index'] < shape.length
+  if 'bad_samples' in rows[0]:
+    packed['bad_samples'] = np.sum([row['bad_samples'] for row in rows], dtype=np.int32)
   return packed
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import transformers
 from absl import flags
 
-from llava_mini_jax.config import ConfigError, LlavaMiniConfig
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig, require_choice
 from llava_mini_jax.data.augment import Augment
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.features import Features, MixedFeatures
@@ -27,6 +27,7 @@ from llava_mini_jax.data.mixture import Epochs, Mixture, Shuffled
 from llava_mini_jax.data.packing import FittedRows, Grouped, Packed, PackedRows
 from llava_mini_jax.data.rows import RowShape
 from llava_mini_jax.data.samples import RowTransform, Source
+from llava_mini_jax.experiment import BAD_SAMPLE
 from llava_mini_jax.sharding import process_rows
 from llava_mini_jax.types import Batch
 
@@ -53,6 +54,7 @@ def make_iterator(
   truncate: bool = False,
   order: Callable[[int], Sequence] | None = None,
   features: Features | MixedFeatures | None = None,
+  bad_sample: str = 'raise',
 ) -> grain.experimental.ElasticIterator:
   """This process's share of the batches, as dicts of the fields of `types.Batch`.
 
@@ -76,15 +78,18 @@ def make_iterator(
     order: instead of `shuffle`, what each epoch visits: a `packing.Grouped`, whose batches are of like samples, or a
       `packing.Packed`, whose rows hold several. None = every record once, or what a Mixture draws.
     features: of the records, from `features.open_features`; images are then not decoded. Not with `augment`.
+    bad_sample: raise; mask = a bad sample keeps its place, as padding that nothing is learnt from, is counted in
+      `bad_samples` and logged. No other takes its place, so order and resume stay what they are.
   Returns:
     An iterator whose `get_state()` is `{'global_next_index': rows handed out over all processes}`; `set_state`
     accepts it on any number of workers and processes.
   Raises:
     ConfigError: sizes that do not agree.
-    DataError: E_EMPTY for a source that cannot fill one batch; while iterating, what is wrong with a sample. The
-      iterator is of no use after that.
+    DataError: E_EMPTY for a source that cannot fill one batch; while iterating, what is wrong with a sample, unless
+      bad ones are masked. The iterator is of no use after that.
   """
   _check_sizes(tokenizer, model, row, processor)
+  require_choice('bad_sample', bad_sample, BAD_SAMPLE)
   if batch_size < 1 or shard_count < 1 or batch_size % shard_count or not 0 <= shard_index < shard_count:
     raise ConfigError(f'batch_size={batch_size} does not divide over shard {shard_index} of {shard_count}')
   if max_turns is not None and max_turns < 1:
@@ -96,9 +101,8 @@ def make_iterator(
   _check_order(order, batch_size, row, model, max_turns is not None or side_by_side)
   if order is None and isinstance(source, Mixture):
     order = Shuffled(source, seed if shuffle else None)
-  transform = RowTransform(
-    source, tokenizer, template, system, model, row, processor, augment, max_turns, side_by_side, truncate, features
-  )
+  options = (augment, max_turns, side_by_side, truncate, features, bad_sample)
+  transform = RowTransform(source, tokenizer, template, system, model, row, processor, *options)
   if isinstance(order, Packed):
     transform = PackedRows(transform, row)
   elif isinstance(order, Grouped) and order.fitted:

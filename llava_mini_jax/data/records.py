@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,10 @@ class Split:
   def __len__(self) -> int:
     return self._ends[-1]
 
+  def place(self, index: int) -> str:
+    """Names record `index` in errors."""
+    return f'{self.directory}: record {index} of split {self.name}'
+
   def __getitem__(self, index: int) -> Record:
     """Record `index`. Raises IndexError past the end, DataError E_DATASET_CORRUPT if its bytes are damaged."""
     index = index.__index__()
@@ -228,6 +232,11 @@ class Split:
       raise DataError(
         'E_DATASET_CORRUPT', f'{path}: record {index} of split {self.name}', f'cannot be read ({detail[0]})'
       ) from error
+
+
+def place_of(source: Sequence[Record], index: int) -> str:
+  """Where record `index` lies, for errors; '' if the source, a list of records, does not know."""
+  return source.place(index) if hasattr(source, 'place') else ''
 
 
 def open_split(directory: str | os.PathLike, split: str) -> Split:

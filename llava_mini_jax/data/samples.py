@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import transformers
+from absl import logging
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
@@ -23,7 +24,7 @@ from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.features import Features, MixedFeatures
 from llava_mini_jax.data.images import MEAN_COLOR
 from llava_mini_jax.data.media import MediaProcessor
-from llava_mini_jax.data.records import Record
+from llava_mini_jax.data.records import Record, place_of
 from llava_mini_jax.data.rows import RowShape, build_row, cut
 from llava_mini_jax.types import IMAGE_TOKEN_ID
 
@@ -32,7 +33,7 @@ _TURN_BYTES = 400  # what a turn's Python objects weigh, roughly
 
 
 class Source(Protocol):
-  """What `records.open_split` returns; a list of records will do too."""
+  """What `records.open_split` returns; a list of records, which cannot name a `place`, will do too."""
 
   def __len__(self) -> int: ...
 
@@ -68,6 +69,7 @@ class RowTransform:
   side_by_side: bool = False
   truncate: bool = False
   features: Features | MixedFeatures | None = None
+  bad_sample: str = 'raise'
 
   def __post_init__(self):
     self._kept: dict[int, _Sample] = {}
@@ -80,25 +82,44 @@ class RowTransform:
     """-> {tokens, targets, loss_mask, segment_ids, positions: [L], pixels: uint8[M V H W 3], fuse_index, fuse_mask:
     [M T], slot_index: [M C]} and, side by side, branch_ids: [L]. With features, features: [M V P W], and no pixels.
 
-    Raises DataError naming the sample, whatever is wrong with it.
+    Raises DataError naming the sample, whatever is wrong with it; unless bad samples are masked: then all of the row is
+    padding, and bad_samples: int32[] says so.
     """
+    if self.bad_sample == 'raise':
+      return self._row(index, rng)
+    try:
+      return {**self._row(index, rng), 'bad_samples': np.int32(0)}
+    except DataError as error:
+      logging.warning('masked: %s', error)
+      return {**self._padding(), 'bad_samples': np.int32(1)}
+
+  def _row(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     sample = self._kept.get(index) or self._keep(index)
     encoded, branch = self._beside(sample, rng) if self.side_by_side else (self._in_turn(sample, rng), None)
     fields = self._lay_out(encoded, branch, sample.media, sample.where)
-    views = (self.row.visuals, self.processor.images.views)
-    if self.features is None:
-      size = self.processor.images.size
-      shown = np.zeros((*views, size, size, 3), np.uint8)
-    else:
-      layout = self.features.layout
-      shown = np.zeros((*views, *layout.shape[1:]), layout.dtype)
+    visuals = self._no_visuals()
+    shown = visuals['pixels' if self.features is None else 'features']
     for i, visual in enumerate(itertools.chain.from_iterable(self._views(visuals, rng) for visuals in sample.media)):
       shown[i] = visual
     if untagged := self._untagged(sample.media):
       shown[:untagged] = MEAN_COLOR if self.features is None else self.features.blank
+    return fields | visuals
+
+  def _no_visuals(self) -> dict[str, np.ndarray]:
+    """The fields of visuals, empty."""
+    views = (self.row.visuals, self.processor.images.views)
     if self.features is None:
-      return {**fields, 'pixels': shown}
-    return {**fields, 'pixels': np.zeros((*views, 0, 0, 3), np.uint8), 'features': shown}
+      size = self.processor.images.size
+      return {'pixels': np.zeros((*views, size, size, 3), np.uint8)}
+    layout = self.features.layout
+    shown = np.zeros((*views, *layout.shape[1:]), layout.dtype)
+    return {'pixels': np.zeros((*views, 0, 0, 3), np.uint8), 'features': shown}
+
+  def _padding(self) -> dict[str, np.ndarray]:
+    """A row without a sample."""
+    none = np.zeros(0, np.int64)
+    fields = build_row(none, none.astype(bool), self.row, where='', branch=none if self.side_by_side else None)
+    return fields | self._no_visuals()
 
   def _lay_out(
     self, encoded: Encoded, branch: np.ndarray | None, media: list[list[np.ndarray]], where: str
@@ -173,6 +194,8 @@ class RowTransform:
   def _read(self, index: int) -> _Sample:
     record = self.source[index]
     where = f'sample {record["id"]!r}'
+    if place := place_of(self.source, index):
+      where = f'{place}: {where}'
     turns = turns_from_llava(record['conversations'], where)
     media = self.features[index] if self.features is not None else self._media(turns, record, where)
     alone = [self._encode(one, where) for one in one_question_each(turns)] if self.side_by_side else []

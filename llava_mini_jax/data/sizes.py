@@ -32,8 +32,9 @@ from llava_mini_jax.data.conversation import (
   template_fingerprint,
   turns_from_llava,
 )
+from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.mixture import Mixture
-from llava_mini_jax.data.records import Record, Split
+from llava_mini_jax.data.records import Record, Split, place_of
 from llava_mini_jax.data.rows import RowShape
 from llava_mini_jax.data.tokenizer import fingerprint
 from llava_mini_jax.data.video import FrameSampler, read_frames
@@ -87,7 +88,9 @@ class SampleSize:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def kept_sizes(file: Path, source: Split | Mixture, size_of: SampleSize, *, workers: int = 0) -> np.ndarray:
+def kept_sizes(
+  file: Path, source: Split | Mixture, size_of: SampleSize, *, workers: int = 0, bad_sample: str = 'raise'
+) -> np.ndarray:
   """`record_sizes`, read from a file if they are there, else measured and written to it, whole or not at all.
 
   The file belongs in the directory of the run: that can be written to by construction, while a dataset may be on a
@@ -96,32 +99,38 @@ def kept_sizes(file: Path, source: Split | Mixture, size_of: SampleSize, *, work
   Args:
     file: .npz with the sizes and the fingerprint of source and `size_of`. One that is damaged, or of another
       fingerprint, is told of on stderr and replaced.
-    workers: as `record_sizes`.
+    workers, bad_sample: as `record_sizes`.
   Raises:
     DataError: as `record_sizes`. OSError: the file cannot be read or written.
   """
-  key = hashlib.sha256(f'{source.fingerprint} {size_of.fingerprint}'.encode()).hexdigest()
+  parts = [source.fingerprint, size_of.fingerprint, *(['mask'] if bad_sample == 'mask' else [])]
+  key = hashlib.sha256(' '.join(parts).encode()).hexdigest()
   sizes = _read(file, key, len(source))
   if sizes is None:
-    sizes = record_sizes(source, size_of, workers=workers)
+    sizes = record_sizes(source, size_of, workers=workers, bad_sample=bad_sample)
     _write(file, key, sizes)
   return sizes
 
 
 def record_sizes(
-  source: Sequence[Record], size_of: Callable[[Record], tuple[int, int]], *, workers: int = 0
+  source: Sequence[Record],
+  size_of: Callable[[Record], tuple[int, int]],
+  *,
+  workers: int = 0,
+  bad_sample: str = 'raise',
 ) -> np.ndarray:
   """(tokens, visuals) of every record, int32[len(source) 2]; reads each once, behind a progress bar on stderr.
 
   Args:
     workers: processes that share the work; the result is the same. They are spawned, so source and `size_of` travel by
       pickle and the main module needs its `if __name__ == '__main__'`. 0 = none.
+    bad_sample: mask = one that cannot be measured needs nothing, (0, 0): it will be a masked row.
   Raises:
     DataError: what is wrong with the first bad record.
   """
   parts = 8 * workers if workers else -(-len(source) // 64)
   bounds = [len(source) * i // parts for i in range(parts + 1)]
-  shares = itertools.repeat(source), itertools.repeat(size_of), bounds[:-1], bounds[1:]
+  shares = (*map(itertools.repeat, (source, size_of, bad_sample)), bounds[:-1], bounds[1:])
   with tqdm(total=len(source), desc='measuring', unit=' records') as bar:
     if not workers:
       return _joined(map(_sizes, *shares), bar)
@@ -130,8 +139,23 @@ def record_sizes(
       return _joined(pool.map(_sizes, *shares), bar)
 
 
-def _sizes(source: Sequence[Record], size_of: Callable, start: int, stop: int) -> np.ndarray:
-  return np.array([size_of(source[i]) for i in range(start, stop)], np.int32).reshape(-1, 2)
+def _sizes(source: Sequence[Record], size_of: Callable, bad_sample: str, start: int, stop: int) -> np.ndarray:
+  sizes = np.zeros((stop - start, 2), np.int32)
+  for i in range(start, stop):
+    try:
+      sizes[i - start] = _size(source, size_of, i)
+    except DataError:
+      if bad_sample == 'raise':
+        raise
+  return sizes
+
+
+def _size(source: Sequence[Record], size_of: Callable, index: int) -> tuple[int, int]:
+  record = source[index]
+  try:
+    return size_of(record)
+  except DataError as error:
+    raise error.at(place_of(source, index)) from error
 
 
 def _joined(parts: Iterable[np.ndarray], bar: tqdm) -> np.ndarray:

@@ -26,6 +26,7 @@ from llava_mini_jax.data.tokenizer import fingerprint, save_tokenizer
 from llava_mini_jax.distributed import is_writer
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, process_rows, use_mesh
+from llava_mini_jax.train.bad_samples import BadSamples
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import TrainingError
 from llava_mini_jax.train.features import check_experiment, check_tower
@@ -53,6 +54,7 @@ def train(experiment: Experiment, workdir: Path, *, profile_steps: range | None 
     ConfigError, MeshError, DataError, CheckpointError: before anything is compiled, where that is possible.
     ConfigError also if the run in `workdir` is another one: the message lists what differs.
     TrainingError: a loss or gradient that is not finite.
+    DataError: E_BAD_SAMPLES if more are masked than `data.bad_sample_share`.
   """
   config = experiment.train
 
@@ -82,8 +84,10 @@ def train(experiment: Experiment, workdir: Path, *, profile_steps: range | None 
   checkpoints = Checkpoints(workdir / 'checkpoints', keep=config.keep)
   with use_mesh(mesh), checkpoints, contextlib.closing(batches):
     meta = _meta(experiment, inputs, total)
-    state, start, base = _start(experiment, trainer, checkpoints, batches, meta)
-    meta |= base
+    state, start, kept = _start(experiment, trainer, checkpoints, batches, meta)
+    meta |= kept
+    samples = inputs.samples(order, total * config.batch_size)
+    bad = BadSamples(experiment.data.bad_sample_share, samples, meta.get('bad_samples', 0))
     check_tower(inputs.features, experiment, trainer, state['frozen'])
     profile = StepProfile(workdir, profile_steps, start=start, total=total)
     with run_log(workdir) as log, contextlib.closing(profile):  # a run that is refused leaves the log as it was
@@ -94,7 +98,7 @@ def train(experiment: Experiment, workdir: Path, *, profile_steps: range | None 
         save_tokenizer(inputs.tokenizer, workdir / 'tokenizer')
         print(described, flush=True)
       steps = range(start + 1, total + 1)
-      last = _steps(experiment, workdir, trainer, state, batches, checkpoints, meta, profile, steps)
+      last = _steps(experiment, workdir, trainer, state, batches, checkpoints, meta, bad, profile, steps)
       log.info('finished')
   if is_writer():
     training_curves(workdir / LOG_NAME, workdir / 'curves.png')
@@ -109,6 +113,7 @@ def _steps(
   batches: DeviceBatches,
   checkpoints: Checkpoints,
   meta: dict[str, Any],
+  bad: BadSamples,
   profile: StepProfile,
   steps: range,
 ) -> dict[str, float]:
@@ -132,12 +137,14 @@ def _steps(
         for at, values in jax.device_get(pending):
           last = {name: float(value) for name, value in values.items()}
           _check_finite(int(at), last)
+          bad.count(int(at), last)
           log.write(int(at), last | (throughput.since_last() if at == step else {}))
         log.flush()
         logger.info('step %d: loss %.6g; waited %.3f s for data since the last line', step, last['loss'], waited)
         pending, waited = [], 0.0
       if save:
-        checkpoints.save(step, saved_part(trainer, state), meta | dict(data=batches.get_state()))
+        kept = dict(data=batches.get_state(), bad_samples=bad.found)
+        checkpoints.save(step, saved_part(trainer, state), meta | kept)
     checkpoints.wait()
   return last
 
@@ -153,7 +160,7 @@ def _check_finite(step: int, metrics: dict[str, float]) -> None:
 def _start(
   experiment: Experiment, trainer: Trainer, checkpoints: Checkpoints, batches: DeviceBatches, meta: dict[str, Any]
 ) -> tuple[State, int, dict[str, Any]]:
-  """The state to go on from, with the data moved to the same place; its step; what its checkpoints say of its base."""
+  """The state to go on from, with the data moved to the same place; its step; what its checkpoints keep besides."""
   step = checkpoints.latest_step
   if step is None:
     state, base = initial_state(experiment, trainer)
@@ -170,13 +177,13 @@ def _start(
   state, stored = resumed_state(experiment, trainer, checkpoints, step)
   batches.set_state(stored['data'])
   base = {'base': stored['base'] | dict(run=experiment.train.init_from)} if trainer.lora else {}
-  return state, step, base
+  return state, step, base | dict(bad_samples=stored.get('bad_samples', 0))  # older runs masked none
 
 
 # What a run may go on with as it likes: it changes no number, or is checked by what the path leads to.
 _FREE = re.compile(
   r'config\.(train\.(log_every|save_every|keep|mesh|slices|accumulate)|'
-  r'data\.(workers|dataset|tokenizer|template|features)|'
+  r'data\.(workers|dataset|tokenizer|template|features|bad_sample)|'
   r'model\.(scan\..*|visual_chunk)).*'
 )
 

@@ -43,6 +43,7 @@ class Trainer:
   # (key, parameters by path) -> state, created sharded; holds the parameters given, and computes only the others.
   init: Callable[..., State]
   # (state, batch) -> (state, metrics {loss, accuracy, target_tokens, grad_norm, learning_rate}); donates the state.
+  # And bad_samples, if the batch has them.
   # grad_norm is before clipping, learning_rate that of the fastest group.
   step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
@@ -141,6 +142,8 @@ def make_trainer(
     (loss, metrics), grads = gradients(loss_fn, state['params'], batch, accumulate, shardings['params'])
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
     updates, opt = tx.update(grads, state['opt'], state['params'])
+    if batch.bad_samples is not None:
+      metrics |= dict(bad_samples=batch.bad_samples.sum())
     metrics |= dict(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=peak_rate * factor(state['step']))
     new = dict(state, step=state['step'] + 1, params=apply_updates(state['params'], updates, state['step']), opt=opt)
     return new, metrics

@@ -24,6 +24,7 @@ pytest.importorskip('av')
 from video_clips import clip, number, numbered  # noqa: E402
 
 TINY = LlavaMiniConfig.preset('tiny')
+LONG = r'^E_TOO_LONG: .*: record '
 MODEL = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, image_size=32, patch_size=8))
 SAMPLES = [
   ('image', dict(image='red.png'), '<image>\ncolor?'),
@@ -46,11 +47,11 @@ def source(tmp_path_factory):
   return root
 
 
-def rows(source, **fields) -> list[dict[str, np.ndarray]]:
+def iterate(source, num_epochs: int = 1, augment: Augment | None = None, **fields):
   """One row per sample, in order."""
   config = DataConfig(**dict(dataset=str(source / 'data'), template='qa', row_length=64, visuals_per_row=6) | fields)
   inputs = load_inputs(config, MODEL)
-  iterator = make_iterator(
+  return make_iterator(
     inputs.source,
     tokenizer=inputs.tokenizer,
     template=config.template,
@@ -59,9 +60,14 @@ def rows(source, **fields) -> list[dict[str, np.ndarray]]:
     processor=inputs.processor,
     batch_size=1,
     seed=0,
-    num_epochs=1,
+    num_epochs=num_epochs,
     shuffle=False,
+    augment=augment,
   )
+
+
+def rows(source, **fields) -> list[dict[str, np.ndarray]]:
+  iterator = iterate(source, **fields)
   return [{name: value[0] for name, value in batch.items()} for batch in iterator]
 
 
@@ -137,23 +143,9 @@ def test_frames_are_squashed_as_released_or_treated_as_images(source):
 
 def test_frames_of_a_video_are_augmented_alike(source):
   """Mirrored all or none; two images of a sample each for themselves."""
-  inputs = load_inputs(DataConfig(dataset=str(source / 'data'), template='qa', row_length=64, visuals_per_row=6), MODEL)
   plain = rows(source)[1]['pixels'][:3]
   seen = set()
-  iterator = make_iterator(
-    inputs.source,
-    tokenizer=inputs.tokenizer,
-    template='qa',
-    model=MODEL,
-    row=inputs.row,
-    processor=inputs.processor,
-    batch_size=1,
-    seed=0,
-    num_epochs=8,
-    shuffle=False,
-    augment=Augment(flip=0.5, shift=0),
-  )
-  for batch in list(iterator)[1::4]:
+  for batch in list(iterate(source, num_epochs=8, augment=Augment(flip=0.5, shift=0)))[1::4]:
     frames = batch['pixels'][0, :3]
     mirrored = np.array_equal(frames, plain[:, :, :, ::-1])
     assert mirrored or np.array_equal(frames, plain)
@@ -162,7 +154,10 @@ def test_frames_of_a_video_are_augmented_alike(source):
 
 
 def test_a_video_longer_than_the_row(source):
-  with pytest.raises(DataError, match=r"^E_TOO_LONG: sample 'video': expected at most 2 visual\(s\) per row; found 3"):
+  with pytest.raises(
+    DataError,
+    match=LONG + r"1 of split train: sample 'video': expected at most 2 visual\(s\) per row; found 3",
+  ):
     rows(source, visuals_per_row=2)
 
 
@@ -224,7 +219,7 @@ def test_long_samples_are_cut_or_refused_packed_or_not(tmp_path):
     found = epoch(tmp_path / 'data', **fields)
     assert sorted(int((batch['segment_ids'] > 0).sum()) for batch in found)[-1] == 32
     assert len(found) == 2
-  with pytest.raises(DataError, match=r"^E_TOO_LONG: sample '0': expected at most 32 tokens"):
+  with pytest.raises(DataError, match=LONG + "0 of split train: sample '0': expected at most 32 tokens"):
     epoch(tmp_path / 'data')
-  with pytest.raises(DataError, match=r"^E_TOO_LONG: sample 'b': expected a token to learn to fit; found"):
+  with pytest.raises(DataError, match=LONG + "0 of split train: sample 'b': expected a token to learn to fit; found"):
     epoch(tmp_path / 'bad', truncate=True)

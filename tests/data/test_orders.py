@@ -153,7 +153,9 @@ def test_an_error_names_the_source(tmp_path):
   write(tmp_path / 'c', {'train': [{**RECORDS[0], 'media': [b'no image']}]}, description='for tests')
   with pytest.raises(DataError) as error:
     next(iterate(mix(tmp_path, ('c', 'train')), batch_size=1))
-  assert str(error.value).startswith(f"E_IMG_FORMAT: sample '{tmp_path}/c:train:0': image 0: ")
+  assert str(error.value).startswith(
+    f"E_IMG_FORMAT: {tmp_path}/c: record 0 of split train: sample '{tmp_path}/c:train:0': image 0: "
+  )
 
 
 def test_an_order_that_does_not_fit(pictures):

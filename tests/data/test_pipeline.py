@@ -89,7 +89,7 @@ def questions(batch) -> list[str]:
 
 def test_the_fields_of_a_batch():
   (batch,) = take(iterate(), 1)
-  assert batch.keys() == {field.name for field in dataclasses.fields(Batch)} - {'branch_ids', 'features'}
+  assert batch.keys() == {field.name for field in dataclasses.fields(Batch)} - {'branch_ids', 'features', 'bad_samples'}
   b, m, length = 4, 2, 96
   shapes = {
     **dict.fromkeys(('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions'), (b, length)),

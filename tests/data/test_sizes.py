@@ -161,7 +161,7 @@ def test_a_damaged_file_is_told_of_and_replaced(source, tmp_path, measured, caps
 
 def test_nothing_is_kept_of_records_that_cannot_be_measured(tmp_path):
   write(tmp_path / 'bad', {'train': [*RECORDS[:3], {**RECORDS[3], 'media': []}]}, description='for tests')
-  with pytest.raises(DataError, match="^E_IMAGE_TAGS: sample '3': "):
+  with pytest.raises(DataError, match="^E_IMAGE_TAGS: .*/bad: record 3 of split train: sample '3': "):
     kept_sizes(tmp_path / 'run' / SIZES_NAME, open_split(tmp_path / 'bad', 'train'), SIZE_OF)
   assert not (tmp_path / 'run').exists()
 
