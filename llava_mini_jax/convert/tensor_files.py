@@ -87,7 +87,8 @@ class TensorFiles:
     sums = (self.path if self.path.is_dir() else self.path.parent) / CHECKSUMS
     if not sums.is_file():
       return
-    expected = dict(reversed(line.split('  ', 1)) for line in sums.read_text().splitlines() if '  ' in line)
+    lines = sums.read_text(encoding='utf-8', errors='replace').splitlines()  # damage shows as another sum
+    expected = dict(reversed(line.split('  ', 1)) for line in lines if '  ' in line)
     for file in self.files:
       with file.open('rb') as stream:
         found = hashlib.file_digest(stream, 'sha256').hexdigest()

@@ -47,6 +47,15 @@ def overlap(data: bytes) -> bytes:
   return with_header(header, payload)
 
 
+def hole(data: bytes) -> bytes:
+  """Four bytes before the last tensor that no tensor claims."""
+  header, payload = header_of(data)
+  last = max((entry for name, entry in header.items() if name != '__metadata__'), key=lambda e: e['data_offsets'])
+  start, end = last['data_offsets']
+  last['data_offsets'] = [start + 4, end + 4]
+  return with_header(header, payload[:start] + bytes(4) + payload[start:])
+
+
 def overflow(data: bytes) -> bytes:
   header, payload = header_of(data)
   header['model.norm.weight']['shape'] = [2**62, 2**62]
@@ -80,6 +89,7 @@ DAMAGE = {
   'empty': lambda data: b'',
   'bytes too many': lambda data: data + b'\0' * 8,
   'overlap': overlap,
+  'hole': hole,
   'overflow': overflow,
   'unknown dtype': unknown_dtype,
   'header longer than the file': lambda data: (10**6).to_bytes(8, 'little') + data[8:],
@@ -290,6 +300,9 @@ def test_a_flipped_bit_in_the_payload(tmp_path, parts):
     import_model(sources, tmp_path / 'other')
   assert str(error.value).startswith(f'E_CHECKSUM: {file}: expected sha256 {digest} (SHA256SUMS); found ')
   assert sorted(path.name for path in tmp_path.iterdir()) == ['llama', 'run']
+  (directory / 'SHA256SUMS').write_bytes(b'\xff\xfe' * 40)
+  with pytest.raises(DataError, match=r'^E_CHECKSUM: .*: expected sha256 no such line \(SHA256SUMS\); found '):
+    import_model(sources, tmp_path / 'other')
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, parts):

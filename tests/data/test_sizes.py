@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import shutil
 import threading
 
@@ -157,6 +158,29 @@ def test_a_damaged_file_is_told_of_and_replaced(source, tmp_path, measured, caps
       assert told.startswith(f'{file}: ') and '; every record is measured again\n' in told
       assert file.read_bytes() == whole
     assert measured or damage == 'changed'
+
+
+class Canary:
+  """Unpickled, it makes a directory."""
+
+  def __init__(self, directory):
+    self.directory = str(directory)
+
+  def __reduce__(self):
+    return os.mkdir, (self.directory,)
+
+
+def test_kept_sizes_run_no_code(source, tmp_path, capsys):
+  file, canary = tmp_path / SIZES_NAME, tmp_path / 'canary'
+  pickled = np.empty(1, object)
+  pickled[0] = Canary(canary)
+  np.savez(file, fingerprint=pickled, sizes=SIZES)
+  np.testing.assert_array_equal(kept_sizes(file, source, SIZE_OF), SIZES)
+  assert 'damaged' in capsys.readouterr().err
+  assert not canary.exists()
+  np.savez(file, fingerprint=pickled, sizes=SIZES)
+  with np.load(file, allow_pickle=True) as stored:
+    assert stored['fingerprint'].shape == (1,) and canary.exists(), 'the canary itself does not work'
 
 
 def test_nothing_is_kept_of_records_that_cannot_be_measured(tmp_path):
