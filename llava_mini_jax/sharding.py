@@ -79,6 +79,7 @@ def make_mesh(
     sizes[sizes.index(-1)] = count // known
   if int(np.prod(sizes)) != count:
     raise MeshError(f'mesh {" × ".join(map(str, shape or sizes))} does not cover {count} device(s)')
+  _check_slices(jax.devices() if devices is None else devices, slices)
   if slices > 1:
     return _hybrid_mesh(tuple(sizes), slices, jax.devices() if devices is None else devices)
   # Neighbours on an axis are neighbours on the chips' torus; an axis may be part of one of the torus's, or several.
@@ -89,6 +90,13 @@ def make_mesh(
 def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
   """What a training step is compiled with, so that the chips of this mesh communicate while they compute."""
   return _OVERLAP if mesh.devices.flat[0].device_kind in _OVERLAP_KINDS else None
+
+
+def _check_slices(devices: Sequence[jax.Device], slices: int) -> None:
+  """Raises MeshError for TPU slices that nobody counted: their network would carry what chips of one slice exchange."""
+  found = len({getattr(device, 'slice_index', 0) for device in devices if device.platform == 'tpu'})
+  if found > 1 and slices != found:
+    raise MeshError(f'mesh: the devices are of {found} slices; expected train.slices={found}, found {slices}')
 
 
 def _hybrid_mesh(sizes: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> Mesh:

@@ -182,3 +182,13 @@ def test_slices_that_are_not_there():
   with pytest.raises(MeshError) as caught:
     make_mesh((1, 8, 1), slices=2)
   assert str(caught.value) == 'mesh: expected data to be a multiple of slices=2; found 1'
+
+
+def test_slices_that_nobody_counted():
+  """What chips of one slice exchange all the time would go over the network between slices."""
+  devices = [Device(i, 0, i // 4) for i in range(8)]
+  for device in devices:
+    device.platform = 'tpu'
+  with pytest.raises(MeshError) as caught:
+    make_mesh((1, 8, 1), devices)
+  assert str(caught.value) == 'mesh: the devices are of 2 slices; expected train.slices=2, found 1'

@@ -27,6 +27,7 @@ PEAK_FLOPS = {  # bf16, per device, as published by the makers
   'TPU v5p': 459e12,
   'TPU v6 lite': 918e12,
   'TPU v6e': 918e12,
+  'TPU7x': 1153.5e12,
   'NVIDIA A100-SXM4-40GB': 312e12,
   'NVIDIA A100-SXM4-80GB': 312e12,
   'NVIDIA H100 80GB HBM3': 989e12,

@@ -91,9 +91,15 @@ def _pipeline_options(options: Sequence[str]) -> Any:
   return PipelineOptions(list(options))
 
 
-@functools.lru_cache(maxsize=2)
 def _parsed(file: str) -> list[tuple[str, Any]]:
   """All entries of a file: a process that gets several of its blocks parses it once."""
+  version = os.stat(file) if os.path.exists(file) else None
+  return _parsed_version(file, *((version.st_mtime_ns, version.st_size) if version else (0, 0)))
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed_version(file: str, changed: int, size: int) -> list[tuple[str, Any]]:
+  del changed, size
   return list(entries(file))
 
 

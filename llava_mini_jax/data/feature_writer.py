@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,13 @@ def write_header(directory: Path, layout: Layout) -> Layout:
   directory.mkdir(parents=True, exist_ok=True)
   header = directory / HEADER
   if not header.exists():
-    temporary = directory / f'.{HEADER}.{os.getpid()}'
+    temporary = directory / f'.{HEADER}.{uuid.uuid4().hex}'
     temporary.write_text(json.dumps(dataclasses.asdict(layout), indent=2) + '\n')
-    os.replace(temporary, header)  # what came first in between is the same, or is refused below
+    try:
+      with contextlib.suppress(FileExistsError):  # who came first in between is the same, or is refused below
+        os.link(temporary, header)
+    finally:
+      temporary.unlink()
   there = read_header(directory)
   check_layout(directory, there, layout)
   return there

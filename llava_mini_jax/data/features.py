@@ -218,7 +218,9 @@ def open_features(
     return MixedFeatures(source, parts)
   directory = directory_of(root, source)
   layout = read_header(directory)
-  check_layout(directory, layout, dataclasses.replace(layout, settings=settings_of(data, model)))
+  settings = settings_of(data, model)
+  expected = dict(settings=settings, dataset=source.fingerprint, records=len(source))
+  check_layout(directory, layout, dataclasses.replace(layout, **expected))
   return Features(directory)
 
 

@@ -203,6 +203,8 @@ class DeviceBatches:
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues after the batch that `state` was got with; whatever was prepared ahead is dropped."""
+    if self._iterator is None:
+      raise RuntimeError('the batches were closed')
     self._ready.clear()
     self._end, self._state = None, state
     self._iterator.set_state(state)

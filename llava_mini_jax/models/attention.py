@@ -59,15 +59,15 @@ class AttentionMask:
 
     Args:
       kind: 'jnp'; 'splash' (interpreted, slowly, where there is no TPU); 'auto' = splash on TPUs if the row is long
-        enough, the heads fill its lanes and the rows divide over the mesh. The kernel knows no branches, so rows that
-        have them go to jnp.
+        enough and the heads fill its lanes. Rows that do not divide over the mesh go to jnp, and so do rows with
+        branches, which the kernel does not know.
     Raises:
       ConfigError: another kind.
     """
     require_choice('attention', kind, KINDS)
     (rows, length), keys = self.query_segments.shape, self.key_segments.shape[1]
-    suits = length == keys >= _WORTH_IT and head_dim % _LANES == 0 and rows % ways('batch') == 0
-    kernel = kind == 'splash' or (kind == 'auto' and suits and platform() == 'tpu')
+    suits = length == keys >= _WORTH_IT and head_dim % _LANES == 0 and platform() == 'tpu'
+    kernel = rows % ways('batch') == 0 and (kind == 'splash' or (kind == 'auto' and suits))
     return self if kernel and self.branch_ids is None else self.allowed()[:, None]
 
 

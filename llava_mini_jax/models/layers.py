@@ -22,7 +22,7 @@ from llava_mini_jax.models.attention import CONTEXT, attend
 from llava_mini_jax.sharding import constrain
 
 Init = Callable[..., jax.Array]
-PROJECTION = 'attention_projection'  # queries, keys and values of a Llama layer, by name, for `scan_layers`
+PROJECTION = 'attention_projection'  # queries, keys and values, by name, for `scan_layers`
 
 
 def param(rngs: nnx.Rngs, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:

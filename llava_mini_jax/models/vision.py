@@ -7,9 +7,21 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llava_mini_jax.config import IMAGE_MEAN, IMAGE_STD, ScanConfig, VisionConfig
-from llava_mini_jax.models.layers import LayerNorm, Linear, fan_in, linear, param, scan_layers, stack_layers, zeros
+from llava_mini_jax.models.attention import attend
+from llava_mini_jax.models.layers import (
+  PROJECTION,
+  LayerNorm,
+  Linear,
+  fan_in,
+  linear,
+  param,
+  scan_layers,
+  stack_layers,
+  zeros,
+)
 from llava_mini_jax.models.positions import sincos_table
 from llava_mini_jax.sharding import constrain
 
@@ -46,9 +58,11 @@ class VisionAttention(nnx.Module):
     def heads(kernel, bias):
       return linear(x, kernel[...]) + bias[...].astype(x.dtype)  # [B P N H]
 
-    y = jax.nn.dot_product_attention(
-      heads(self.q_proj, self.q_proj_bias), heads(self.k_proj, self.k_proj_bias), heads(self.v_proj, self.v_proj_bias)
+    q, k, v = (
+      checkpoint_name(heads(getattr(self, name), getattr(self, f'{name}_bias')), PROJECTION)
+      for name in ('q_proj', 'k_proj', 'v_proj')
     )
+    y = attend(q, k, v, None)
     return linear(y, self.out_proj[...], inputs=2) + self.out_proj_bias[...].astype(x.dtype)
 
 

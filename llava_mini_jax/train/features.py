@@ -55,7 +55,7 @@ def tower_fingerprint(config: VisionConfig, parameters: Mapping[str, Any], mesh:
   """sha256 of what decides a tower's features: its parameters, those of layers that never run apart.
 
   Args:
-    parameters: of the tower, nested, float32, sharded over `mesh` in any way.
+    parameters: of the tower, nested, as a run holds them, sharded over `mesh` in any way.
   """
   everywhere = jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
   digest = hashlib.sha256()
@@ -115,7 +115,9 @@ def write_features(
   sources = feature_sources(experiment.data)
   mesh = make_mesh((-1, 1, 1), jax.local_devices())
   check_batch(batch_size, mesh)
-  loaded = starting_parameters(Path(experiment.train.init_from), model, mesh, modules={'vision'})
+  loaded = starting_parameters(
+    Path(experiment.train.init_from), model, mesh, dtype=experiment.train.param_dtype, modules={'vision'}
+  )
   tower = unflatten(loaded)['vision']
   fingerprint = tower_fingerprint(model.vision, tower, mesh)
   encode = _encoder(experiment, tower, mesh, dtype)
