@@ -42,9 +42,15 @@ def _convert_memory(costs) -> str:
   return '\n'.join(convert_memory.describe(out, costs(out, _LAYERS.value)))
 
 
+def _numbers(flag: str, words: list[str]) -> list[int]:
+  if not all(word.isdecimal() and int(word) for word in words):
+    raise ConfigError(f'--{flag}: expected positive integers; found {",".join(words)!r}')
+  return [int(word) for word in words]
+
+
 def _video_memory() -> str:
   config = dataclasses.replace(LlavaMiniConfig.preset(_PRESET.value), visual_chunk=_CHUNK.value)
-  rows = list(video_memory.memory_by_frames(config, [int(n) for n in _FRAMES.value], run=_RUN.value))
+  rows = list(video_memory.memory_by_frames(config, _numbers('frames', _FRAMES.value), run=_RUN.value))
   return video_memory.describe(rows)
 
 

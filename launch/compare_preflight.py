@@ -9,12 +9,23 @@ from pathlib import Path
 
 from llava_mini_jax.analyze.preflight_report import compare
 from llava_mini_jax.cli import launch
+from llava_mini_jax.config import ConfigError
+
+
+def _report(file: str) -> dict:
+  try:
+    report = json.loads(Path(file).read_text())
+  except ValueError as error:
+    raise ConfigError(f'{file}: expected a report; {error}') from error
+  if not isinstance(report, dict):
+    raise ConfigError(f'{file}: expected one report; found a {type(report).__name__}')
+  return report
 
 
 def main(arguments) -> None:
   if len(arguments) != 3:
     sys.exit(f'error: expected two reports that --json of compile_tpu.py wrote; found {len(arguments) - 1}')
-  print(compare(*(json.loads(Path(file).read_text()) for file in arguments[1:])))
+  print(compare(*map(_report, arguments[1:])))
 
 
 if __name__ == '__main__':

@@ -72,7 +72,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
   """Config files run, and overrides are looked up in them, while flags are parsed."""
   for argument in argv:
     name, _, value = argument.lstrip('-').partition('=')
-    if name == 'config' and not os.path.isfile(file := value.split(':')[0]):
+    if name == 'config' and value and not os.path.isfile(file := value.split(':')[0]):
       sys.exit(f'error: --config: no such file: {file}')
   try:
     return flags.FLAGS(argv)

@@ -17,11 +17,15 @@ import jax
 _CPUINFO = Path('/proc/cpuinfo')
 
 
-def use_compilation_cache() -> Path:
-  """Sets JAX's cache directory unless something else has; gives the one in use. To be called before JAX compiles."""
-  if jax.config.jax_compilation_cache_dir is None:
+def use_compilation_cache() -> Path | None:
+  """Sets JAX's cache directory unless something else has; gives the one in use, None for a user without a home.
+
+  To be called before JAX compiles.
+  """
+  if jax.config.jax_compilation_cache_dir is None and default_directory().is_absolute():
     jax.config.update('jax_compilation_cache_dir', str(default_directory()))
-  return Path(jax.config.jax_compilation_cache_dir)
+  directory = jax.config.jax_compilation_cache_dir
+  return Path(directory) if directory else None
 
 
 def default_directory(cpuinfo: Path = _CPUINFO) -> Path:
@@ -30,7 +34,7 @@ def default_directory(cpuinfo: Path = _CPUINFO) -> Path:
   A program compiled for a CPU uses its instructions, but JAX's key does not name them all: machines that share a home
   directory must not run each other's.
   """
-  base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+  base = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
   return base / 'llava_mini_jax' / f'{platform.machine()}-{_cpu(cpuinfo)}'
 
 

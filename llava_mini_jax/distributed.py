@@ -12,17 +12,19 @@ import dataclasses
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 from llava_mini_jax.config import ConfigError
 
 TIMEOUT = 300  # seconds that processes wait for each other at the start, as JAX's
-_SHUTDOWN = 30  # seconds that one which failed alone waits for the others before it ends
 _SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
-_GOOGLE = '0x1ae0'  # PCI vendor of TPU chips
+_GOOGLE = '0x1ae0'  # PCI vendor, of its network cards too
+_TPU_CHIPS = ('0x0027', '0x0056', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076')  # PCI devices: v2 to 7x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +122,22 @@ def _scheduled(environment: Mapping[str, str], devices: Path) -> Cluster:
     slices = _integer('MEGASCALE_NUM_SLICES', environment.get('MEGASCALE_NUM_SLICES') or '1')
     count = slices * len(hosts.split(','))
     return Cluster('gke', num_processes=count) if count > 1 else SINGLE
-  vendors = (path.read_text().strip() for path in devices.glob('*/vendor'))
-  if _GOOGLE in vendors and 'TPU_SKIP_MDS_QUERY' not in environment:
+  if 'TPU_SKIP_MDS_QUERY' not in environment and any(_is_tpu_chip(device) for device in devices.glob('*')):
     return Cluster('tpu_vm')
   return SINGLE
+
+
+def _is_tpu_chip(device: Path) -> bool:
+  vendor, kind = ((device / name) for name in ('vendor', 'device'))
+  return vendor.exists() and vendor.read_text().strip() == _GOOGLE and kind.read_text().strip() in _TPU_CHIPS
 
 
 @contextlib.contextmanager
 def processes(cluster: Cluster, *, timeout: int = TIMEOUT) -> Iterator[None]:
   """Inside, `jax.devices()` are those of all processes; must be entered before JAX computes anything.
 
-  If they have not met after `timeout` seconds, the process prints one line and ends with status 1.
+  If they have not met after `timeout` seconds, the process prints one line and ends with status 1. One that fails ends
+  at once, and the runtime then aborts the others; at the end of a run that does not, all wait for the slowest.
 
   Raises:
     ConfigError: JAX cannot find out who the processes are.
@@ -150,7 +157,6 @@ def processes(cluster: Cluster, *, timeout: int = TIMEOUT) -> Iterator[None]:
       cluster.process_id if explicit else None,
       cluster_detection_method='deactivate' if explicit else None,
       initialization_timeout=2 * timeout,
-      shutdown_timeout_seconds=_SHUTDOWN,
     )
   except (RuntimeError, ValueError, OSError) as error:  # OSError: what asks the metadata server raises
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -159,8 +165,14 @@ def processes(cluster: Cluster, *, timeout: int = TIMEOUT) -> Iterator[None]:
     timer.cancel()
   try:
     yield
-  finally:
-    jax.distributed.shutdown()
+  except BaseException as error:  # a shutdown would wait for the others, and abort all when its time is up
+    if not isinstance(error, SystemExit):
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+  multihost_utils.sync_global_devices('end')  # the first process may still be drawing, longer than a shutdown waits
+  jax.distributed.shutdown()
 
 
 def _give_up(cluster: Cluster, timeout: int) -> None:

@@ -33,10 +33,20 @@ def no_chips(tmp_path):
 
 @pytest.fixture
 def chips(tmp_path):
-  for name, vendor in {'0000:00:03.0': '0x1af4', '0000:00:04.0': '0x1ae0'}.items():
-    (tmp_path / name).mkdir()
-    (tmp_path / name / 'vendor').write_text(f'{vendor}\n')
-  return tmp_path
+  return pci_devices(tmp_path, {'0000:00:03.0': ('0x1af4', '0x1000'), '0000:00:04.0': ('0x1ae0', '0x0063')})
+
+
+def pci_devices(path, found):
+  for name, (vendor, device) in found.items():
+    (path / name).mkdir()
+    (path / name / 'vendor').write_text(f'{vendor}\n')
+    (path / name / 'device').write_text(f'{device}\n')
+  return path
+
+
+def test_a_network_card_of_the_same_maker_is_no_chip(tmp_path):
+  devices = pci_devices(tmp_path, {'0000:00:04.0': ('0x1ae0', '0x0042')})
+  assert find_cluster(None, None, None, environment={}, devices=devices) == SINGLE
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from llava_mini_jax.config import LlavaMiniConfig, ScanConfig, require_choice
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig, ScanConfig, require_choice
 from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.presets import PRESETS
 from llava_mini_jax.sharding import batch_sharding, make_mesh, use_mesh
@@ -120,13 +120,15 @@ def compare(name: str, *, rounds: int = 10, steps: int = 1) -> Result:
     name: of SIZES. rounds: times that each is measured. steps: taken in a row each time.
   Raises:
     ArithmeticError: they do not compute the same: losses of the first steps differ by more than TOLERANCE.
-    ImportError: torch is not installed.
+    ConfigError: another size, or torch is not installed.
   """
-  import torch
-
-  from llava_mini_jax.benchmark.torch_twin import Twin, to_torch  # which needs torch
-
   require_choice('size', name, tuple(SIZES))
+  try:
+    import torch
+
+    from llava_mini_jax.benchmark.torch_twin import Twin, to_torch
+  except ImportError as error:
+    raise ConfigError("train: expected the package torch; pip install -e '.[convert]'") from error
   threads = len(os.sched_getaffinity(0))
   torch.set_num_threads(threads)
   size = SIZES[name]()

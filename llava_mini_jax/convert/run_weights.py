@@ -12,6 +12,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.convert.tensor_files import TensorFiles, read_json
 from llava_mini_jax.convert.tensor_writer import Planned, write_tensors
@@ -69,7 +73,10 @@ def newest_step(workdir: str | Path) -> int | None:
   if not directory.is_dir():
     raise CheckpointError(f'no checkpoint: {directory} is not a directory')
   with Checkpoints(directory) as checkpoints:
-    return checkpoints.require()
+    step = checkpoints.require()
+  if jax.process_count() > 1:  # each may see another as the newest
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+  return step
 
 
 def open_weights(workdir: Path, model: LlavaMiniConfig, *, verify: bool = True) -> TensorFiles:

@@ -136,6 +136,7 @@ def write_features(
     found = feature_writer.estimate(source, processor)
     report(f'{source.directory}:{source.name}: {found.describe(layout)}')
     layout = feature_writer.write_header(directory_of(root, source), feature_writer.with_file_size(layout, found))
+    check_batch(layout.visuals_per_batch, mesh)  # that of who came first
     files = range(shard_index, layout.files, shard_count)
     visuals += feature_writer.write_files(
       directory_of(root, source),

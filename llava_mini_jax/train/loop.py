@@ -214,7 +214,8 @@ def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:
 def _describe(experiment: Experiment, trainer: Trainer, inputs: Inputs, order: Order, start: int, total: int) -> str:
   count = {part: sum(leaf.size for leaf in flatten(trainer.abstract[part]).values()) for part in ('params', 'frozen')}
   mixture = [inputs.source.describe()] if isinstance(inputs.source, Mixture) else []
-  begins = [describe_start(Path(experiment.train.init_from), experiment.model)] if experiment.train.init_from else []
+  anew = experiment.train.init_from and not start
+  begins = [describe_start(Path(experiment.train.init_from), experiment.model)] if anew else []
   summary = (
     f'{count["params"]:,} parameters train, {count["frozen"]:,} frozen; {len(inputs.source):,} records; '
     f'batch {experiment.train.batch_size}; steps {start:,} to {total:,}; mesh {dict(trainer.mesh.shape)}'

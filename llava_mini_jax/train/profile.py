@@ -32,21 +32,22 @@ class StepProfile:
   """Traces the steps of a range, between `step` and `done`; on None it does nothing.
 
   Args:
-    start, total: the run does steps start + 1 to total.
+    start, total: the run does steps start + 1 to total; those up to `start` were traced, if at all, before a resume.
   Raises:
-    ConfigError: the run does not do all of the steps.
+    ConfigError: the run ends before the last of them.
   """
 
   def __init__(self, workdir: Path, steps: range | None, *, start: int, total: int):
-    if steps and (steps.start <= start or steps.stop - 1 > total):
-      raise ConfigError(
-        f'profile_steps: expected some of steps {start + 1} to {total}; found {steps.start}:{steps.stop}'
-      )
-    self._directory, self._steps, self._running = workdir / 'profile', steps, False
+    if steps and steps.stop - 1 > total:
+      raise ConfigError(f'profile_steps: expected some of steps 1 to {total}; found {steps.start}:{steps.stop}')
+    self._steps = range(max(steps.start, start + 1), steps.stop) if steps else range(0)
+    # Processes of one host would give their files the same name.
+    own = f'process_{jax.process_index()}' if jax.process_count() > 1 else ''
+    self._directory, self._running = workdir / 'profile' / own, False
 
   def step(self, step: int) -> contextlib.AbstractContextManager:
     """Around everything that belongs to a step."""
-    if not self._steps or step not in self._steps:
+    if step not in self._steps:
       return contextlib.nullcontext()
     if step == self._steps.start:
       jax.profiler.start_trace(self._directory)

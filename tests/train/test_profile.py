@@ -66,10 +66,17 @@ def test_steps(tmp_path):
   assert parse_steps('10:15') == range(10, 15)
   assert parse_steps('') is None
   StepProfile(tmp_path, range(5, 9), start=4, total=8)
-  for steps in (range(4, 6), range(8, 10)):
-    with pytest.raises(ConfigError) as caught:
-      StepProfile(tmp_path, steps, start=4, total=8)
-    assert str(caught.value) == f'profile_steps: expected some of steps 5 to 8; found {steps.start}:{steps.stop}'
+  with pytest.raises(ConfigError) as caught:
+    StepProfile(tmp_path, range(8, 10), start=4, total=8)
+  assert str(caught.value) == 'profile_steps: expected some of steps 1 to 8; found 8:10'
+
+
+def test_the_same_command_resumes(tmp_path):
+  """What was traced before a resume is not traced again, nor missed."""
+  profile = StepProfile(tmp_path, range(2, 4), start=4, total=8)
+  with profile.step(5):
+    profile.done(5, None)
+  assert not (tmp_path / 'profile').exists()
 
 
 def test_the_log_of_a_process(tmp_path, capfd):
