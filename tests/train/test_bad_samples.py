@@ -61,6 +61,8 @@ def test_a_run_counts_and_goes_on_counting(dataset, tmp_path, tmp_path_factory):
   found = [int(row[-1]) for row in expected]
   assert sum(found) == STEPS * BATCH // RECORDS == counted(tmp_path / 'whole')
   assert all(np.isfinite(row).all() for row in expected)
+  log = (tmp_path / 'whole' / 'logs' / 'process_0.log').read_text()
+  assert f'masked: E_IMG_FORMAT: {dataset}: record 5 of split train: sample ' in log
 
   second = 1 + next(step for step in range(STEPS) if sum(found[: step + 1]) > 1)
   with pytest.raises(DataError) as error:
