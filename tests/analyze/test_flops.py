@@ -162,4 +162,6 @@ def test_adapters_need_no_gradient_of_the_kernels_they_are_added_to(groups, trai
   counted = 2 * one - two
   formula = training_flops(config, trains=trains, adapts=('decoder',), **sizes)
   assert abs(formula - counted) <= 0.01 * counted
-  assert training_flops(config, trains=('decoder', *trains), **sizes) > 1.3 * counted
+  saved = training_flops(config, trains=('decoder', *trains), **sizes) - formula
+  decoder = forward_flops(config, **sizes).decoder
+  assert 0.95 * decoder < saved < decoder  # the products of the gradients of its kernels; those of attention stay

@@ -27,7 +27,8 @@ from llava_mini_jax.train.tree import parameter_shapes
 BASE = experiment('')
 ALLOWED = (
   'data.aspect, data.default_system, data.frame_resize, data.grid, data.grid_order, data.template, data.video_fps, '
-  'data.video_frames, data.video_max_frames, data.video_rule, model.dtype, model.visual_chunk'
+  'data.video_frames, data.video_max_frames, data.video_rule, model.dtype, model.visual_chunk, '
+  'train.init_from'
 )
 OTHER = {  # a value that is not the run's, as it is typed and as it is meant
   'data.aspect': ('crop', 'crop'),
@@ -42,7 +43,11 @@ OTHER = {  # a value that is not the run's, as it is typed and as it is meant
   'data.video_rule': ('"released"', 'released'),
   'model.dtype': ('bfloat16', 'bfloat16'),
   'model.visual_chunk': ('16', 16),
+  'train.init_from': ('moved/base', 'moved/base'),
 }
+ADAPTED = dataclasses.replace(
+  BASE, train=dataclasses.replace(BASE.train, lora_rank=2, lora_targets=('decoder/layers/.*_proj',))
+)
 
 
 @pytest.fixture(scope='module')
@@ -71,8 +76,9 @@ def flat(config: Experiment) -> dict[str, object]:
 @pytest.mark.parametrize('name', CHANGEABLE)
 def test_one_field_changes_and_no_parameter(name):
   typed, meant = OTHER[name]
-  changed = change_experiment(BASE, [f'{name}={typed}'])
-  before, after = flat(BASE), flat(changed)
+  run = ADAPTED if name == 'train.init_from' else BASE
+  changed = change_experiment(run, [f'{name}={typed}'])
+  before, after = flat(run), flat(changed)
   assert after == before | {name: meant} and before[name] != meant
   assert type(after[name]) is type(meant)
   assert parameter_shapes(changed.model) == parameter_shapes(BASE.model)
@@ -93,6 +99,10 @@ def test_several_changes():
     ('train.seed=1', f"set: expected one of {ALLOWED}; found 'train.seed'"),
     ('grid=2', f"set: expected one of {ALLOWED}; found 'grid'"),
     ('=2', f"set: expected one of {ALLOWED}; found ''"),
+    (
+      'train.init_from=other',
+      'set: train.init_from is read for runs with LoRA adapters alone; this one holds all parameters',
+    ),
     ('data.grid', "set: expected section.field=value; found 'data.grid'"),
     ('data.grid=two', "data.grid: expected int; found 'two'"),
     ('data.grid=True', 'data.grid: expected int; found True'),
