@@ -103,7 +103,7 @@ MISTAKES = {
     [*TRAIN, '--config.data.dataset={tmp}/corrupt', '--config.data.tokenizer={data}/tokenizer'],
     (  # all of its records are bad; which comes first is up to the shuffle
       'error: E_IMG_FORMAT: {tmp}/corrupt: record ',
-      " of split train: sample 'bad': image 0: expected JPEG, PNG, WEBP, GIF, BMP; found 8 bytes starting b'no image'\n",
+      " of split train: sample 'bad': image 0: expected JPEG, PNG, WEBP, GIF, BMP; found 8 bytes starting b'no image'",
     ),
   ),
   'another model in the workdir': (
