@@ -470,6 +470,7 @@ def curve(workdir: Path) -> list[tuple[float, ...]]:
   return [(row['step'], row['loss'], row['grad_norm']) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_with_features(root, tmp_path):
   """The command line writes them, a run learns from them what it would from pixels, and a resume goes on."""
   base = [f'--config=tests/tiny_run.py:{root / "images"}', f'--config.train.init_from={root / "start"}']

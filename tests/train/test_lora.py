@@ -174,7 +174,7 @@ def one(trainer, flat):
   return run(trainer, flat)
 
 
-@pytest.mark.parametrize('shape', [(1, 8, 1), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize('shape', [pytest.param((1, 8, 1), marks=pytest.mark.slow), (1, 2, 4)], ids=str)
 def test_eight_devices_are_as_one(one, flat, shape):
   many = trainer_on(shape)
   state, metrics = run(many, flat)
