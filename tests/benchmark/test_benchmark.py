@@ -48,6 +48,7 @@ def test_what_the_twin_does_not_compute():
     torch_twin.check(small_config(detach_text=True))
 
 
+@pytest.mark.slow
 def test_devices_take_the_same_steps(tolerance):
   found = scaling.scaling('small')
   assert list(found.losses) == [1, 2, 4, 8]

@@ -53,6 +53,7 @@ def counted(workdir: Path) -> int:
     return checkpoints.meta()['bad_samples']
 
 
+@pytest.mark.slow
 def test_a_run_counts_and_goes_on_counting(dataset, tmp_path, tmp_path_factory):
   """Ended for too many and resumed with another limit, it is the run that was never ended, count and all."""
   good = make_dataset(tmp_path_factory.getbasetemp())

@@ -85,27 +85,36 @@ def train(dataset: Path, workdir: Path, count: int, devices: int, *overrides: st
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> dict[str, Run]:
-  """`two` processes of four devices and `one` of eight; both again from the checkpoint in the middle of `two`; a
-  parameter over two processes (`split`) and over two devices of one (`whole`)."""
+  """`two` processes of four devices and `one` of eight; `again`, from the checkpoint in the middle of `two`."""
   dataset, root = make_dataset(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp('processes')
-  tensor = '--config.train.mesh=(1,1,2)'
   with concurrent.futures.ThreadPoolExecutor() as pool:
     jobs = {
       'two': pool.submit(train, dataset, root / 'two', 2, 4),
       'one': pool.submit(train, dataset, root / 'one', 1, 8),
-      'split': pool.submit(train, dataset, root / 'split', 2, 1, tensor),
-      'whole': pool.submit(train, dataset, root / 'whole', 1, 2, tensor),
     }
     found = {name: job.result() for name, job in jobs.items()}
-    for name in ('again', 'moved'):
-      shutil.copytree(root / 'two', root / name)
-      shutil.rmtree(root / name / 'checkpoints' / str(STEPS))
-    layered = ('--config.train.mesh=(2,4,1)', '--config.train.slices=2')
+  return found | {'again': train(dataset, resumable(found['two'], root / 'again'), 2, 4)}
+
+
+@pytest.fixture(scope='module')
+def layered(runs, tmp_path_factory) -> dict[str, Run]:
+  """A parameter over two processes (`split`) and over two devices of one (`whole`); `two` resumed on two slices."""
+  dataset, root = make_dataset(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp('layered')
+  tensor, slices = '--config.train.mesh=(1,1,2)', ('--config.train.mesh=(2,4,1)', '--config.train.slices=2')
+  with concurrent.futures.ThreadPoolExecutor() as pool:
     jobs = {
-      'again': pool.submit(train, dataset, root / 'again', 2, 4),
-      'moved': pool.submit(train, dataset, root / 'moved', 2, 4, *layered),
+      'split': pool.submit(train, dataset, root / 'split', 2, 1, tensor),
+      'whole': pool.submit(train, dataset, root / 'whole', 1, 2, tensor),
+      'moved': pool.submit(train, dataset, resumable(runs['two'], root / 'moved'), 2, 4, *slices),
     }
-    return found | {name: job.result() for name, job in jobs.items()}
+    return {name: job.result() for name, job in jobs.items()}
+
+
+def resumable(run: Run, workdir: Path) -> Path:
+  """A copy that ends with the checkpoint in the middle."""
+  shutil.copytree(run.workdir, workdir)
+  shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
+  return workdir
 
 
 def close(found: list[dict], expected: list[dict]) -> None:
@@ -114,10 +123,9 @@ def close(found: list[dict], expected: list[dict]) -> None:
     np.testing.assert_allclose([a[name] for name in EXACT], [b[name] for name in EXACT], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(('several', 'one'), [('two', 'one'), ('split', 'whole')])
-def test_same_numbers_as_one_process(runs, several, one):
-  assert [row['step'] for row in runs[several].rows] == list(range(1, STEPS + 1))
-  close(runs[several].rows, runs[one].rows)
+def test_same_numbers_as_one_process(runs):
+  assert [row['step'] for row in runs['two'].rows] == list(range(1, STEPS + 1))
+  close(runs['two'].rows, runs['one'].rows)
 
 
 def test_same_samples_as_one_process(runs):
@@ -130,9 +138,12 @@ def test_same_samples_as_one_process(runs):
   assert len({row for batch in whole for row in batch}) == 12  # that there is something to confuse
 
 
-def test_processes_of_one_parameter_read_the_same_rows(runs):
+@pytest.mark.slow
+def test_processes_of_one_parameter_read_the_same_rows(layered):
   """Of a row, every process that holds parts of the parameters needs all."""
-  assert runs['split'].samples(0) == runs['split'].samples(1) == runs['whole'].samples(0)
+  assert layered['split'].samples(0) == layered['split'].samples(1) == layered['whole'].samples(0)
+  assert len(layered['split'].rows) == STEPS
+  close(layered['split'].rows, layered['whole'].rows)
 
 
 def test_resumed_by_two_processes(runs):
@@ -140,11 +151,12 @@ def test_resumed_by_two_processes(runs):
   assert runs['again'].rows == runs['two'].rows
 
 
-def test_resumed_on_a_mesh_of_two_slices(runs):
+@pytest.mark.slow
+def test_resumed_on_a_mesh_of_two_slices(runs, layered):
   """`data` over the processes, `fsdp` within them."""
-  assert "'data': 2, 'fsdp': 4" in runs['moved'].printed[0]
-  assert runs['moved'].rows[:HALF] == runs['two'].rows[:HALF]
-  close(runs['moved'].rows, runs['two'].rows)
+  assert "'data': 2, 'fsdp': 4" in layered['moved'].printed[0]
+  assert layered['moved'].rows[:HALF] == runs['two'].rows[:HALF]
+  close(layered['moved'].rows, runs['two'].rows)
 
 
 def test_one_writes_and_each_logs(runs):

@@ -113,6 +113,7 @@ def cache(tmp_path, monkeypatch):
   jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_programs_that_were_kept_compute_the_same(cache, dataset, tmp_path):
   """To the bit: compiled, compiled and kept, read back."""
   assert cache.parent == tmp_path / 'cache' / 'llava_mini_jax'

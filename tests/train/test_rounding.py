@@ -84,6 +84,7 @@ def test_the_mesh_does_not_matter():
   np.testing.assert_array_equal(half, step(jnp.asarray(x).astype(jnp.bfloat16), jnp.asarray(x) * 0.001))
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16(tmp_path, tmp_path_factory):
   """Parameters are bfloat16 in the checkpoint, moments float32; the run goes on exactly; an export says its dtype."""
   dataset = make_dataset(tmp_path_factory.getbasetemp())
