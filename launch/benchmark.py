@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from llava_mini_jax.analyze import convert_memory, packing_gain, video_memory
 from llava_mini_jax.benchmark import input_pipeline, scaling, train_step
-from llava_mini_jax.cli import launch
+from llava_mini_jax.cli import integers, launch
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig, require_choice
 from llava_mini_jax.experiment import Experiment
 
@@ -42,15 +42,9 @@ def _convert_memory(costs) -> str:
   return '\n'.join(convert_memory.describe(out, costs(out, _LAYERS.value)))
 
 
-def _numbers(flag: str, words: list[str]) -> list[int]:
-  if not all(word.isdecimal() and int(word) for word in words):
-    raise ConfigError(f'--{flag}: expected positive integers; found {",".join(words)!r}')
-  return [int(word) for word in words]
-
-
 def _video_memory() -> str:
   config = dataclasses.replace(LlavaMiniConfig.preset(_PRESET.value), visual_chunk=_CHUNK.value)
-  rows = list(video_memory.memory_by_frames(config, _numbers('frames', _FRAMES.value), run=_RUN.value))
+  rows = list(video_memory.memory_by_frames(config, integers('frames', _FRAMES.value, positive=True), run=_RUN.value))
   return video_memory.describe(rows)
 
 

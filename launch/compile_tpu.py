@@ -20,8 +20,7 @@ from llava_mini_jax.analyze.preflight import Preflight, preflight
 from llava_mini_jax.analyze.preflight_report import compare, describe, to_json
 from llava_mini_jax.analyze.programs import STEPS, make_program
 from llava_mini_jax.analyze.topologies import Topology, parse_options, start_without_devices, topology
-from llava_mini_jax.cli import launch
-from llava_mini_jax.config import ConfigError
+from llava_mini_jax.cli import integers, launch
 from llava_mini_jax.experiment import Experiment
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Experiment: FILE.py or FILE.py:arguments.')
@@ -45,20 +44,13 @@ _HLO = flags.DEFINE_string('hlo', None, "Write the compiled program's text here.
 flags.mark_flags_as_required(['config'])
 
 
-def _integers(flag: str, words: list[str]) -> tuple[int, ...]:
-  try:
-    return tuple(map(int, words))
-  except ValueError as error:
-    raise ConfigError(f'--{flag}: expected integers; found {",".join(words)!r}') from error
-
-
 def _report(config: flags.FlagHolder, place: Topology, mesh: list[str] | None) -> tuple[Preflight, str]:
   program = make_program(
     Experiment.from_dict(config.value),
     place,
     step=_STEP.value,
     batch=_BATCH.value,
-    mesh=_integers('mesh', mesh) if mesh else None,
+    mesh=integers('mesh', mesh) if mesh else None,
     text=_TEXT.value,
     new_tokens=_NEW.value,
     dtype=_PARAMS.value,

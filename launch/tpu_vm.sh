@@ -4,7 +4,8 @@
 #   TPU=my-pod ZONE=us-east5-b HOSTS=16 \
 #     ./launch/tpu_vm.sh --config=configs/llava_mini_vicuna_7b.py:stage2 --workdir=/shared/run
 #
-# Start it again to resume; delete a VM that was preempted first. It needs Python 3.11 or newer on the image. DRY_RUN=1 prints what would run, and does nothing.
+# Start it again to resume; delete a VM that was preempted first. It needs Python 3.11 or newer on the image.
+# DRY_RUN=1 prints what would run, and does nothing.
 # TYPE (v5litepod-64, which has 16 hosts) and VERSION (v2-alpha-tpuv5-lite) say what to create; REPOSITORY and BRANCH
 # what to clone. Data and workdir lie on a file system that all hosts mount; a bucket through Cloud Storage FUSE.
 set -euo pipefail

@@ -62,6 +62,17 @@ def launch(
   app.run(wrapped, flags_parser=_parse)
 
 
+def integers(flag: str, words: Sequence[str], *, positive: bool = False) -> tuple[int, ...]:
+  """The values of a list flag. Raises ConfigError naming the flag and what was found."""
+  try:
+    values = tuple(map(int, words))
+  except ValueError:
+    values = None
+  if values is None or (positive and any(value < 1 for value in values)):
+    raise ConfigError(f'--{flag}: expected {"positive " * positive}integers; found {",".join(words)!r}')
+  return values
+
+
 def _fail(error: Exception) -> None:
   """OSError: a file that is not there, no permission, a full disk."""
   print(f'error: {_one_line(str(error)) if isinstance(error, OSError) else error}', file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 GOLDEN = Path(os.environ.get('LLAVA_MINI_GOLDEN', Path(__file__).parent / 'golden'))
@@ -15,3 +16,12 @@ GOLDEN = Path(os.environ.get('LLAVA_MINI_GOLDEN', Path(__file__).parent / 'golde
 @pytest.fixture(scope='session')
 def golden() -> Path:
   return GOLDEN
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """As `small_model.quick_jit`, for what the code under test compiles."""
+  before = jax.config.values['jax_disable_most_optimizations']
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)

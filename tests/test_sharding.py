@@ -33,13 +33,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 STEPS, ROWS = 4, 8
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  """As `small_model.quick_jit`, for what the trainer compiles."""
-  before = jax.config.values['jax_disable_most_optimizations']
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def trainer_on(shape: tuple[int, int, int], devices=None, config: LlavaMiniConfig = CONFIG) -> Trainer:

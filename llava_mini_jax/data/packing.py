@@ -9,6 +9,7 @@ slots.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -120,6 +121,14 @@ class Packed:
     return self.row.length, self.row.visuals
 
   def __call__(self, epoch: int) -> list[tuple[int, ...]]:
+    return self._first if epoch == 0 else self._planned(epoch)
+
+  @functools.cached_property
+  def _first(self) -> list[tuple[int, ...]]:
+    """Of epoch 0, which a start asks for several times: how many rows, how full, how many samples."""
+    return self._planned(0)
+
+  def _planned(self, epoch: int) -> list[tuple[int, ...]]:
     found = samples_of(self.source, epoch)
     groups = plan(self.sizes[found], self._capacity, self.seed, epoch, window=self.window)
     return [tuple(found[list(group)].tolist()) for group in groups]

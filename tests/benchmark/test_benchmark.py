@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import jax
 import pytest
 from small_model import small_config
 
@@ -12,6 +11,7 @@ from llava_mini_jax.benchmark import scaling, torch_twin, train_step
 from llava_mini_jax.benchmark.train_step import Clock, Result, Size
 from llava_mini_jax.config import ConfigError
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 MODEL = small_config(detach_text=False, compressor=dict(grid=2), prefusion=dict(num_layers=1))
 
 
@@ -19,10 +19,6 @@ MODEL = small_config(detach_text=False, compressor=dict(grid=2), prefusion=dict(
 def small(monkeypatch):
   """A size that compiles quickly, with grouped heads, four tokens per image, and rows that are not full."""
   monkeypatch.setitem(train_step.SIZES, 'small', lambda: Size(MODEL, rows=3, length=24, question=7, answer=5))
-  before = jax.config.values['jax_disable_most_optimizations']
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
 
 
 @pytest.fixture(scope='module')

@@ -45,12 +45,7 @@ def record(color: str, i: int) -> dict:
 RECORDS = [record(color, i) for color in NAMES for i in range(2)]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  before = jax.config.values['jax_disable_most_optimizations']
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture(scope='module')

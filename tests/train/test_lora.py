@@ -53,13 +53,7 @@ KERNELS = [
 ROWS, STEPS = 8, 3
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  """As `small_model.quick_jit`, for what the trainer compiles."""
-  before = jax.config.values['jax_disable_most_optimizations']
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def trainer_on(shape, devices=None, **options) -> Trainer:

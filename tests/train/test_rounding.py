@@ -21,14 +21,7 @@ from llava_mini_jax.train.loop import train
 from llava_mini_jax.train.rounding import apply_updates, round_at_random
 from llava_mini_jax.train.tree import flatten
 
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  """As `small_model.quick_jit`, for what the trainer compiles."""
-  before = jax.config.values['jax_disable_most_optimizations']
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def test_one_of_the_two_neighbours_in_proportion():
