@@ -6,11 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 RIGHT, WRONG = '#1a7f37', '#c62828'
 
@@ -20,7 +17,8 @@ def contact_sheet(
 ) -> None:
   """images uint8[h w 3] and rows of {question, answer, truth, correct} -> PNG."""
   lines = -(-len(images) // columns)
-  figure, axes = plt.subplots(lines, columns, figsize=(1.75 * columns, 2.35 * lines), constrained_layout=True)
+  figure = Figure(figsize=(1.75 * columns, 2.35 * lines), layout='constrained')
+  axes = figure.subplots(lines, columns)
   for axis in np.ravel(axes):
     axis.axis('off')
   for axis, image, row in zip(np.ravel(axes), images, rows, strict=False):
@@ -31,4 +29,3 @@ def contact_sheet(
     axis.text(0.0, -0.04, text, fontsize=9, color=color, va='top', transform=axis.transAxes, weight='bold')
   figure.suptitle(title, fontsize=11)
   figure.savefig(out, dpi=110)
-  plt.close(figure)

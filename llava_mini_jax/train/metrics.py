@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import tensorboardX
 import tqdm
 
 LOG_NAME = 'metrics.jsonl'
@@ -25,6 +24,8 @@ class MetricsLog:
     self._path = workdir / LOG_NAME
     truncate(self._path, start_step)
     self._file = self._path.open('a')
+    import tensorboardX  # imports PyTorch where there is one: seconds, which only this process shall spend
+
     self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(total=total_steps, initial=start_step, unit='step', desc='train', dynamic_ncols=True)
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 _PANELS = (('loss', 'loss', True), ('accuracy', 'token accuracy', False), ('learning_rate', 'learning rate', False))
 
@@ -29,7 +26,8 @@ def training_curves(log: Path, out: Path) -> None:
     return
   steps = np.array([row['step'] for row in rows])
   window = max(1, len(rows) // 50)
-  figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 3.6), constrained_layout=True)
+  figure = Figure(figsize=(13, 3.6), layout='constrained')
+  axes = figure.subplots(1, len(_PANELS))
   for axis, (key, title, log_scale) in zip(axes, _PANELS, strict=True):
     values = np.array([row[key] for row in rows], float)
     if window > 1 and key != 'learning_rate':
@@ -45,4 +43,3 @@ def training_curves(log: Path, out: Path) -> None:
     axis.grid(alpha=0.25)
     axis.spines[['top', 'right']].set_visible(False)
   figure.savefig(out, dpi=120)
-  plt.close(figure)

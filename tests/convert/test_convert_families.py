@@ -27,6 +27,7 @@ from llava_mini_jax.sharding import make_mesh
 from llava_mini_jax.train.tree import flatten, merge
 from llava_mini_jax.types import IMAGE_TOKEN_ID, Batch
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 IDS = np.array([5, 17, 300, 4, 99, 23, 42, 7])
 
 

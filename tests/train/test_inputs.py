@@ -23,6 +23,7 @@ from llava_mini_jax.train.metrics import LOG_NAME
 pytest.importorskip('av')
 from video_clips import clip, numbered  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 TEMPLATE = Path(conversation.__file__).with_name('templates') / 'chatml.jinja'
 STEPS, SAVED = 8, 4
 LAYOUTS = {
@@ -67,7 +68,9 @@ def curve(workdir: Path) -> list[tuple[float, ...]]:
   return [tuple(row[name] for name in ('step', 'loss', 'grad_norm', 'target_tokens')) for row in rows]
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize(
+  'layout', ['packed', *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != 'packed')]
+)
 def test_a_resume_goes_on(sources, tmp_path, layout, capsys):
   """Also when its datasets and its template have moved meanwhile."""
   template = shutil.copy(TEMPLATE, tmp_path / 'a.jinja')

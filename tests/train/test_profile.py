@@ -20,6 +20,7 @@ from llava_mini_jax.train.metrics import LOG_NAME
 from llava_mini_jax.train.profile import STEP_NAME, StepProfile, parse_steps
 from llava_mini_jax.train.run_log import run_log
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 STEPS = 8
 TIMED = {'steps_per_second', 'tokens_per_second', 'images_per_second', 'mfu'}
 

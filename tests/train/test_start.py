@@ -21,6 +21,7 @@ from llava_mini_jax.train.start import check_start, initial_state
 from llava_mini_jax.train.step import make_trainer
 from llava_mini_jax.train.tree import flatten
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 ALL = (('.*', 1.0),)
 REST = (('projector/.*', 1.0), ('.*', 'frozen'))
 
