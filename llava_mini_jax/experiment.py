@@ -109,6 +109,9 @@ class TrainConfig:
   beta2: float = 0.999
   eps: float = 1e-8
   max_grad_norm: float = 1.0
+  max_skipped: int = 10  # steps skipped in a row (not finite, spikes, nothing to learn) that end the run
+  spike_sigmas: float = 0.0  # skip a loss or gradient norm so many deviations above the window's mean; 0 = never
+  spike_window: int = 128  # steps that counted, which spikes are measured against
   mesh: tuple = (1, -1, 1)  # data × fsdp × tensor; -1 = the remaining devices
   slices: int = 1  # TPU slices (or processes) that only a data-center network joins; `data` is a multiple of it
   log_every: int = 10
@@ -116,7 +119,7 @@ class TrainConfig:
   keep: int = 3  # newest checkpoints kept
 
   def __post_init__(self):
-    for field in ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep', 'slices'):
+    for field in ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep', 'slices', 'max_skipped'):
       if getattr(self, field) < 1:
         raise ConfigError(f'TrainConfig.{field}: expected a positive integer; found {getattr(self, field)}')
     for field, top in (('warmup_ratio', 1.0), ('beta1', 1.0), ('beta2', 1.0)):
@@ -125,6 +128,9 @@ class TrainConfig:
     for field in ('epochs', 'eps', 'max_grad_norm', 'lora_alpha'):
       if not getattr(self, field) > 0:
         raise ConfigError(f'TrainConfig.{field}: expected a positive number; found {getattr(self, field)}')
+    for field, least in (('spike_sigmas', 0), ('spike_window', 2)):
+      if getattr(self, field) < least:
+        raise ConfigError(f'TrainConfig.{field}: expected {least} or more; found {getattr(self, field)}')
     if self.weight_decay < 0 or self.max_steps < 0:
       raise ConfigError('TrainConfig: weight_decay and max_steps must not be negative')
     require_choice('TrainConfig.param_dtype', self.param_dtype, ('float32', 'bfloat16'))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -30,14 +31,23 @@ class MetricsLog:
     self._bar = tqdm.tqdm(total=total_steps, initial=start_step, unit='step', desc='train', dynamic_ncols=True)
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """One finished step, counted from 1."""
+    """One finished step, counted from 1. What is not finite is null in the file, and not in TensorBoard."""
     if self._silent:
       return
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
-    for name, value in values.items():
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    line = {'step': step, **{name: finite.get(name) for name in values}}
+    self._file.write(json.dumps(line, allow_nan=False) + '\n')
+    for name, value in finite.items():
       self._board.add_scalar(f'train/{name}', value, step)
     self._bar.update(step - self._bar.n)
     self._bar.set_postfix(loss=f'{values["loss"]:.3f}', acc=f'{values["accuracy"]:.3f}', refresh=False)
+
+  def goodput(self, step: int, shares: dict[str, float]) -> None:
+    """Where the time until this step went."""
+    if self._silent:
+      return
+    for name, share in shares.items():
+      self._board.add_scalar(f'goodput/{name}', share, step)
 
   def flush(self) -> None:
     if self._silent:

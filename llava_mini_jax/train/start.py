@@ -13,8 +13,10 @@ from llava_mini_jax.config import ConfigError
 from llava_mini_jax.convert.run_parameters import open_base, starting_parameters
 from llava_mini_jax.convert.run_weights import newest_step, read_experiment
 from llava_mini_jax.experiment import Experiment
+from llava_mini_jax.sharding import replicated
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.fingerprint import fingerprints
+from llava_mini_jax.train.guard import Guard
 from llava_mini_jax.train.lora import PREFIX, lora_of
 from llava_mini_jax.train.optimizer import schedule
 from llava_mini_jax.train.step import State, Trainer, make_trainer, saved_part
@@ -34,6 +36,7 @@ def trainer_for(experiment: Experiment, mesh: Mesh, total_steps: int) -> Trainer
     lora=lora_of(config),
     accumulate=config.accumulate,
     param_dtype=config.param_dtype,
+    guard=Guard(config.spike_sigmas, config.spike_window),
     beta1=config.beta1,
     beta2=config.beta2,
     eps=config.eps,
@@ -92,10 +95,17 @@ def resumed_state(
 ) -> tuple[State, dict[str, Any]]:
   """The state of a checkpoint, and its meta; what adapters were trained on comes from `train.init_from`.
 
+  A checkpoint from before there was a guard, or with another window, has its counters begin anew.
+
   Raises:
     CheckpointError: as `Checkpoints.restore`; a base that is gone, or has other numbers than it had.
   """
-  state, meta = checkpoints.restore(saved_part(trainer, trainer.abstract), step)
+  wanted = {name: part for name, part in saved_part(trainer, trainer.abstract).items() if name != 'guard'}
+  guard = Guard.stored_with(checkpoints.meta(step)['config']['train'])
+  counters = dict(guard=guard.abstract(replicated(trainer.mesh))) if guard else {}
+  state, meta = checkpoints.restore(wanted | counters, step)
+  fresh = jax.device_put(trainer.guard.initial(), trainer.shardings['guard'])
+  state['guard'] = trainer.guard.adopt(state.get('guard', {}), fresh)
   if trainer.lora:
     base = open_base(
       experiment.model, meta['base'] | dict(run=experiment.train.init_from), experiment.train.param_dtype

@@ -1,7 +1,8 @@
 """The training state, and the one pure step that advances it.
 
-State is nested dicts of arrays: {step, params, frozen, opt}. Only `params`
-reach the optimizer; gradients are never formed for `frozen`.
+State is nested dicts of arrays: {step, params, frozen, opt, guard}. Only `params`
+reach the optimizer; gradients are never formed for `frozen`. A step that the
+guard skips changes `step` and `guard` alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.models.llava_mini import build
 from llava_mini_jax.sharding import compiler_options, replicated, use_mesh
 from llava_mini_jax.train.accumulation import gradients
+from llava_mini_jax.train.guard import Guard, select
 from llava_mini_jax.train.lora import Lora, abstract_adapters, attach, check_groups, draw_adapters
 from llava_mini_jax.train.loss import head_loss
 from llava_mini_jax.train.optimizer import assign_groups, make_optimizer
@@ -29,6 +31,8 @@ from llava_mini_jax.train.tree import flatten, merge, sharded_model, unflatten
 from llava_mini_jax.types import Batch
 
 State = dict[str, Any]
+
+_NO_SPIKE_RULE = Guard()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +44,12 @@ class Trainer:
   shardings: State  # NamedSharding of every leaf of the state
   abstract: State  # ShapeDtypeStruct with sharding of every leaf
   lora: Lora | None
+  guard: Guard
   # (key, parameters by path) -> state, created sharded; holds the parameters given, and computes only the others.
   init: Callable[..., State]
-  # (state, batch) -> (state, metrics {loss, accuracy, target_tokens, grad_norm, learning_rate}); donates the state.
-  # And bad_samples, if the batch has them.
-  # grad_norm is before clipping, learning_rate that of the fastest group.
+  # (state, batch) -> (state, metrics {loss, accuracy, target_tokens, grad_norm, learning_rate, skipped}); donates the
+  # state. And bad_samples, if the batch has them.
+  # grad_norm is before clipping, learning_rate that of the fastest group, skipped 1 if the step changed nothing.
   step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 
@@ -68,6 +73,7 @@ def _abstract_state(
   leaves: Mapping[str, jax.ShapeDtypeStruct],
   rates: dict[str, float | None],
   tx: optax.GradientTransformation,
+  guard: Guard,
   mesh: Mesh,
 ) -> State:
   """Shape, dtype and sharding of every leaf of the state, from those of the parameters by path."""
@@ -78,7 +84,8 @@ def _abstract_state(
   like_params = jax.tree.map(lambda leaf: leaf.sharding, params)
   where = optax.tree.map_params(tx, lambda _, s: s, opt, like_params, transform_non_params=lambda _: one)
   opt = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), opt, where)
-  return dict(step=jax.ShapeDtypeStruct((), jnp.int32, sharding=one), params=params, frozen=frozen, opt=opt)
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=one)
+  return dict(step=step, params=params, frozen=frozen, opt=opt, guard=guard.abstract(one))
 
 
 def make_trainer(
@@ -90,6 +97,7 @@ def make_trainer(
   lora: Lora | None = None,
   accumulate: int = 1,
   param_dtype: str = 'float32',
+  guard: Guard = _NO_SPIKE_RULE,
   **optimizer: float,
 ) -> Trainer:
   """Builds init and step for a model on a mesh; allocates no parameter.
@@ -98,6 +106,7 @@ def make_trainer(
     groups: see `optimizer.assign_groups`; adapters are parameters too. factor: learning-rate schedule of peak 1.
     accumulate: micro-steps of a step; see `accumulation.gradients`.
     param_dtype: of the parameters, see `rounding`; adapters and the optimizer's moments are float32.
+    guard: what is skipped.
     optimizer: beta1, beta2, eps, weight_decay, max_grad_norm.
   Raises:
     ConfigError: a bad group table, or LoRA targets that cannot be. MeshError: a parameter that does not divide.
@@ -110,7 +119,7 @@ def make_trainer(
   tx = make_optimizer(unflatten({p: r for p, r in rates.items() if r is not None}), factor, **optimizer)
 
   peak_rate = max(rate for rate in rates.values() if rate is not None)
-  abstract = _abstract_state(leaves, rates, tx, mesh)
+  abstract = _abstract_state(leaves, rates, tx, guard, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
   def init(key: jax.Array, given: Mapping[str, jax.Array] | None = None) -> State:
@@ -125,7 +134,9 @@ def make_trainer(
 
     params, frozen = split_frozen(given | draw(key), rates)
     opt = jax.jit(functools.partial(_init_optimizer, tx), out_shardings=shardings['opt'])(params)
-    return dict(step=jax.device_put(jnp.int32(0), shardings['step']), params=params, frozen=frozen, opt=opt)
+    counters = dict(step=jnp.int32(0), guard=guard.initial())
+    counters = jax.device_put(counters, {name: shardings[name] for name in counters})
+    return counters | dict(params=params, frozen=frozen, opt=opt)
 
   @functools.partial(
     jax.jit,
@@ -141,11 +152,16 @@ def make_trainer(
 
     (loss, metrics), grads = gradients(loss_fn, state['params'], batch, accumulate, shardings['params'])
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+    grad_norm = optax.tree.norm(grads)
+    ok, counters = guard.judge(state['guard'], loss, grad_norm, metrics['target_tokens'])
+    # Rounding, the schedule and Adam's bias go by the steps that counted: one that is skipped leaves no trace.
+    taken = state['step'] - state['guard']['skipped']
     updates, opt = tx.update(grads, state['opt'], state['params'])
+    params = apply_updates(state['params'], updates, taken)
     if batch.bad_samples is not None:
       metrics |= dict(bad_samples=batch.bad_samples.sum())
-    metrics |= dict(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=peak_rate * factor(state['step']))
-    new = dict(state, step=state['step'] + 1, params=apply_updates(state['params'], updates, state['step']), opt=opt)
-    return new, metrics
+    metrics |= dict(loss=loss, grad_norm=grad_norm, learning_rate=peak_rate * factor(taken), skipped=~ok)
+    params, opt = select(ok, (params, opt), (state['params'], state['opt']))
+    return dict(state, step=state['step'] + 1, params=params, opt=opt, guard=counters), metrics
 
-  return Trainer(mesh, graphdef, shardings, abstract, lora, init, step)
+  return Trainer(mesh, graphdef, shardings, abstract, lora, guard, init, step)
