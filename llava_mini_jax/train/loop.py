@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ from llava_mini_jax.data.tokenizer import fingerprint, save_tokenizer
 from llava_mini_jax.distributed import is_writer
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, process_rows, use_mesh
+from llava_mini_jax.train import goodput
 from llava_mini_jax.train.bad_samples import BadSamples
 from llava_mini_jax.train.checkpoint import Checkpoints
-from llava_mini_jax.train.errors import TrainingError
 from llava_mini_jax.train.features import check_experiment, check_tower
+from llava_mini_jax.train.goodput import Goodput
+from llava_mini_jax.train.guard import Skips
+from llava_mini_jax.train.lock import only_trainer
 from llava_mini_jax.train.metrics import LOG_NAME, MetricsLog
 from llava_mini_jax.train.plots import training_curves
 from llava_mini_jax.train.profile import StepProfile
@@ -42,21 +45,31 @@ from llava_mini_jax.train.tree import flatten
 logger = logging.getLogger(__name__)
 
 
-def train(experiment: Experiment, workdir: Path, *, profile_steps: range | None = None) -> dict[str, float]:
+def train(
+  experiment: Experiment,
+  workdir: Path,
+  *,
+  profile_steps: range | None = None,
+  allowed: Sequence[str] = (),
+  began: float | None = None,
+) -> dict[str, float]:
   """Trains to the end, or on from the last checkpoint in `workdir`. Every process of a run calls it.
 
-  Leaves in `workdir`: config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/, curves.png, logs/ (a file per
-  process), with `profile_steps` profile/, and sizes.npz if samples are packed or grouped.
+  Leaves in `workdir`: config.json, tokenizer/, checkpoints/, metrics.jsonl, goodput.jsonl, tensorboard/, curves.png,
+  logs/ (a file per process), lock, with `profile_steps` profile/, and sizes.npz if samples are packed or grouped.
 
+  Args:
+    allowed: what may differ from the run that is resumed, as `differences` names it; all of it has to.
+    began: `time.perf_counter()` that the time of the run counts from; None = now.
   Returns:
     The last step's metrics.
   Raises:
     ConfigError, MeshError, DataError, CheckpointError: before anything is compiled, where that is possible.
     ConfigError also if the run in `workdir` is another one: the message lists what differs.
-    TrainingError: a loss or gradient that is not finite.
+    TrainingError: `train.max_skipped` steps skipped in a row; another trainer has the workdir.
     DataError: E_BAD_SAMPLES if more are masked than `data.bad_sample_share`.
   """
-  config = experiment.train
+  config, began = experiment.train, time.perf_counter() if began is None else began
 
   # -- inputs --------------------------------------------------------------------------------------------------------
   if re.match(r'\w+:/', str(workdir)):
@@ -81,27 +94,39 @@ def train(experiment: Experiment, workdir: Path, *, profile_steps: range | None 
   check_start(experiment, trainer)
   check_experiment(experiment, trainer)
   workdir.mkdir(parents=True, exist_ok=True)
-  checkpoints = Checkpoints(workdir / 'checkpoints', keep=config.keep)
-  with use_mesh(mesh), checkpoints, contextlib.closing(batches):
+  with (
+    only_trainer(workdir),
+    use_mesh(mesh),
+    Checkpoints(workdir / 'checkpoints', keep=config.keep) as checkpoints,
+    contextlib.closing(batches),
+    contextlib.closing(Goodput(began)) as clock,
+  ):
     meta = _meta(experiment, inputs, total)
-    state, start, kept = _start(experiment, trainer, checkpoints, batches, meta)
+    accepted = _compare(experiment, checkpoints, meta, allowed)
+    with clock.of('restore'):
+      state, start, kept = _start(experiment, trainer, checkpoints, batches)
     meta |= kept
     samples = inputs.samples(order, total * config.batch_size)
     bad = BadSamples(experiment.data.bad_sample_share, samples, meta.get('bad_samples', 0))
     check_tower(inputs.features, experiment, trainer, state['frozen'])
     profile = StepProfile(workdir, profile_steps, start=start, total=total)
     with run_log(workdir) as log, contextlib.closing(profile):  # a run that is refused leaves the log as it was
-      described = _describe(experiment, trainer, inputs, order, start, total)
+      described = '\n'.join([*accepted, _describe(experiment, trainer, inputs, order, start, total)])
       log.info(described)
       if is_writer():
         (workdir / 'config.json').write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
         save_tokenizer(inputs.tokenizer, workdir / 'tokenizer')
         print(described, flush=True)
+        clock.open(workdir, start)
       steps = range(start + 1, total + 1)
-      last = _steps(experiment, workdir, trainer, state, batches, checkpoints, meta, bad, profile, steps)
+      clock.switch('other')
+      last = _steps(experiment, workdir, trainer, state, batches, checkpoints, meta, bad, profile, clock, steps)
+      if is_writer():
+        training_curves(workdir / LOG_NAME, workdir / 'curves.png')
+        spent = goodput.describe(clock.write(total))
+        log.info(spent)
+        print(spent, flush=True)
       log.info('finished')
-  if is_writer():
-    training_curves(workdir / LOG_NAME, workdir / 'curves.png')
   return last
 
 
@@ -115,17 +140,21 @@ def _steps(
   meta: dict[str, Any],
   bad: BadSamples,
   profile: StepProfile,
+  clock: Goodput,
   steps: range,
 ) -> dict[str, float]:
   """From a state to the end of the run; returns the last step's metrics. The state is donated."""
   config, total = experiment.train, steps.stop - 1
   throughput = Throughput(experiment.model, trainer)
+  skips = Skips(config.max_skipped, before=int(state['guard']['consecutive']))
   pending, last, waited = [], {}, 0.0
-  with MetricsLog(workdir, start_step=steps.start - 1, total_steps=total, silent=not is_writer()) as log:
+  log = MetricsLog(workdir, start_step=steps.start - 1, total_steps=total, silent=not is_writer())
+  with log, clock.of('step'):
     for step in steps:
       with profile.step(step):
         before = time.perf_counter()
-        batch = next(batches)
+        with clock.of('data'):
+          batch = next(batches)
         waited += time.perf_counter() - before
         throughput.count(batch)
         state, metrics = trainer.step(state, batch)
@@ -136,67 +165,73 @@ def _steps(
       if save or step % config.log_every == 0:
         for at, values in jax.device_get(pending):
           last = {name: float(value) for name, value in values.items()}
-          _check_finite(int(at), last)
           bad.count(int(at), last)
           log.write(int(at), last | (throughput.since_last() if at == step else {}))
+          skips.count(int(at), last)
+        log.goodput(step, goodput.shares(clock.write(step)))
         log.flush()
         logger.info('step %d: loss %.6g; waited %.3f s for data since the last line', step, last['loss'], waited)
         pending, waited = [], 0.0
       if save:
         kept = dict(data=batches.get_state(), bad_samples=bad.found)
-        checkpoints.save(step, saved_part(trainer, state), meta | kept)
-    checkpoints.wait()
+        with clock.of('save'):
+          checkpoints.save(step, saved_part(trainer, state), meta | kept)
+    with clock.of('save'):
+      checkpoints.wait()
   return last
 
 
-def _check_finite(step: int, metrics: dict[str, float]) -> None:
-  """Raises TrainingError before anything is saved that came after the step."""
-  bad = [name for name in ('loss', 'grad_norm') if not math.isfinite(metrics[name])]
-  if bad:
-    found = ', '.join(f'{name} {metrics[name]}' for name in bad)
-    raise TrainingError(f'step {step}: expected finite numbers; found {found}; the last checkpoint is from before it')
+def _compare(
+  experiment: Experiment, checkpoints: Checkpoints, meta: dict[str, Any], allowed: Sequence[str]
+) -> list[str]:
+  """Raises ConfigError unless the run that is resumed is this one; what differs and is allowed to, in words."""
+  step, changed = checkpoints.latest_step, {}
+  if step is not None:
+    stored = checkpoints.meta(step)
+    # Fields that there were none of when it was saved have the value that changes nothing.
+    stored['config'] = json.loads(json.dumps(Experiment.from_dict(stored['config']).to_dict()))
+    if experiment.train.lora_rank:  # its base may have moved: fingerprints say whether it is the same
+      stored['config']['train']['init_from'] = experiment.train.init_from
+    changed = differences({name: stored.get(name) for name in meta}, meta)
+  if unused := [name for name in allowed if name not in changed]:
+    raise ConfigError(f'allow_config_change: expected some of what differs, {list(changed)}; found {unused[0]!r}')
+  if refused := [f'{name}: {what}' for name, what in changed.items() if name not in allowed]:
+    lines = '\n  '.join(refused)
+    raise ConfigError(f'{checkpoints.directory}: its run differs from this one; use another --workdir:\n  {lines}')
+  return [f'allowed to differ from step {step} on: {name}: {what}' for name, what in changed.items()]
 
 
 def _start(
-  experiment: Experiment, trainer: Trainer, checkpoints: Checkpoints, batches: DeviceBatches, meta: dict[str, Any]
+  experiment: Experiment, trainer: Trainer, checkpoints: Checkpoints, batches: DeviceBatches
 ) -> tuple[State, int, dict[str, Any]]:
   """The state to go on from, with the data moved to the same place; its step; what its checkpoints keep besides."""
   step = checkpoints.latest_step
   if step is None:
     state, base = initial_state(experiment, trainer)
     return state, 0, base
-  stored = checkpoints.meta(step)
-  # Fields that there were none of when it was saved have the value that changes nothing.
-  stored['config'] = json.loads(json.dumps(Experiment.from_dict(stored['config']).to_dict()))
-  if trainer.lora:  # may have moved: fingerprints say whether it is the same
-    stored['config']['train']['init_from'] = experiment.train.init_from
-  changed = differences({name: stored.get(name) for name in meta}, meta)
-  if changed:
-    lines = '\n  '.join(changed)
-    raise ConfigError(f'{checkpoints.directory}: its run differs from this one; use another --workdir:\n  {lines}')
   state, stored = resumed_state(experiment, trainer, checkpoints, step)
   batches.set_state(stored['data'])
   base = {'base': stored['base'] | dict(run=experiment.train.init_from)} if trainer.lora else {}
-  return state, step, base | dict(bad_samples=stored.get('bad_samples', 0))  # older runs masked none
+  return state, step, base | dict(bad_samples=stored.get('bad_samples', 0))
 
 
 # What a run may go on with as it likes: it changes no number, or is checked by what the path leads to.
 _FREE = re.compile(
-  r'config\.(train\.(log_every|save_every|keep|mesh|slices|accumulate)|'
+  r'config\.(train\.(log_every|save_every|keep|max_skipped|mesh|slices|accumulate)|'
   r'data\.(workers|dataset|tokenizer|template|features|bad_sample)|'
   r'model\.(scan\..*|visual_chunk)).*'
 )
 
 
-def differences(stored: Any, now: Any, path: str = '') -> list[str]:
-  """`path: was …, is …` for every leaf that two nested dicts of a run's meta do not share, but for the `_FREE` ones."""
+def differences(stored: Any, now: Any, path: str = '') -> dict[str, str]:
+  """By path `was …, is …` for every leaf that two nested dicts of a run's meta do not share, but for `_FREE` ones."""
   if path == 'config.data.mixture':  # a row without its directory: what lies there is in the fingerprint
     stored, now = ([row[1:] for row in rows or ()] for rows in (stored, now))
   if isinstance(stored, dict) and isinstance(now, dict):
     names = dict.fromkeys([*stored, *now])
     parts = (differences(stored.get(n), now.get(n), f'{path}.{n}' if path else n) for n in names)
-    return [line for part in parts for line in part]
-  return [] if stored == now or _FREE.fullmatch(path) else [f'{path}: was {stored!r}, is {now!r}']
+    return {name: what for part in parts for name, what in part.items()}
+  return {} if stored == now or _FREE.fullmatch(path) else {path: f'was {stored!r}, is {now!r}'}
 
 
 def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:

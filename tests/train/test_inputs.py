@@ -110,10 +110,10 @@ def test_what_may_differ_of_a_mixture():
     dict(config=dict(data=dict(mixture=[[f'{place}/a', 'train', 'all', 1.0], [f'{place}/b', 'train', rule, 1.0]])))
     for place, rule in (('here', 'all'), ('there', 'first:3'))
   )
-  assert differences(stored, now) == [
-    "config.data.mixture: was [['train', 'all', 1.0], ['train', 'all', 1.0]], "
+  assert differences(stored, now) == {
+    'config.data.mixture': "was [['train', 'all', 1.0], ['train', 'all', 1.0]], "
     "is [['train', 'all', 1.0], ['train', 'first:3', 1.0]]"
-  ]
+  }
   now['config']['data']['mixture'][1][2] = 'all'
-  assert differences(stored, now) == []
+  assert differences(stored, now) == {}
   assert len(differences(dict(config=dict(data={})), now)) == 1

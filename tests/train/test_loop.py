@@ -40,10 +40,10 @@ from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import TrainingError
 from llava_mini_jax.train.loop import differences, train
 from llava_mini_jax.train.metrics import LOG_NAME, MetricsLog, truncate
-from llava_mini_jax.train.plots import training_curves
+from llava_mini_jax.train.plots import smooth, training_curves
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
-ALWAYS = {'step', 'loss', 'accuracy', 'target_tokens', 'grad_norm', 'learning_rate'}
+ALWAYS = {'step', 'loss', 'accuracy', 'target_tokens', 'grad_norm', 'learning_rate', 'skipped'}
 RATES = {'steps_per_second', 'tokens_per_second', 'images_per_second', 'row_fill', 'mfu'}
 
 KILLS = {'twice': ['early', 'late']}  # early: with luck before there is any checkpoint
@@ -120,8 +120,8 @@ def workdir(runs) -> Path:
 
 def test_what_a_run_leaves(workdir, base):
   dataset = make_dataset(base)
-  names = ['checkpoints', 'config.json', 'curves.png', 'logs', 'metrics.jsonl', 'tensorboard', 'tokenizer']
-  assert sorted(path.name for path in workdir.iterdir()) == names
+  names = ['checkpoints', 'config.json', 'curves.png', 'goodput.jsonl', 'lock', 'logs', LOG_NAME, 'tensorboard']
+  assert sorted(path.name for path in workdir.iterdir()) == [*names, 'tokenizer']
   assert Experiment.from_dict(json.loads((workdir / 'config.json').read_text())) == experiment(dataset)
   assert fingerprint(load_tokenizer(workdir / 'tokenizer')) == fingerprint(load_tokenizer(dataset / 'tokenizer'))
   kept = [STEPS - 2 * SAVE_EVERY, STEPS - SAVE_EVERY, STEPS]
@@ -139,6 +139,7 @@ def test_a_line_for_every_step(workdir):
     timed = row['step'] % LOG_EVERY == 0 and row['step'] > LOG_EVERY  # the first of them would time the compilation
     assert row.keys() == ALWAYS | (RATES if timed else set()), row
     assert all(math.isfinite(value) for value in row.values()), row
+    assert row['skipped'] == 0
     assert row['target_tokens'] == 16  # eight answers of one token, and their ends
     if timed:
       assert row['tokens_per_second'] == pytest.approx(row['steps_per_second'] * 8 * 64)
@@ -200,7 +201,14 @@ def test_tensorboard_shows_the_same(workdir):
     for name, value in row.items():
       if name != 'step':
         expected.setdefault(f'train/{name}', []).append((row['step'], float(np.float32(value))))
-  assert shown(workdir / 'tensorboard') == expected
+  curves = shown(workdir / 'tensorboard')
+  assert {tag: points for tag, points in curves.items() if tag.startswith('train/')} == expected
+  spent = {tag for tag in curves if tag.startswith('goodput/')}
+  assert expected.keys() | spent == curves.keys()
+  for index in range(STEPS // LOG_EVERY):
+    points = [curves[tag][index] for tag in spent]
+    assert {step for step, _ in points} == {LOG_EVERY * (index + 1)}
+    assert sum(share for _, share in points) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize('kept', [0, 3])
@@ -287,10 +295,10 @@ def test_other_data_and_another_tokenizer_are_refused(workdir, tmp_path, base):
   copy = shutil.copytree(workdir, tmp_path / 'run')
   other = experiment(make_dataset(base))
   meta = dict(total_steps=1, dataset='a', tokenizer='b', config=json.loads(json.dumps(other.to_dict())))
-  assert differences(meta, meta | dict(dataset='c', tokenizer='d')) == [
-    "dataset: was 'a', is 'c'",
-    "tokenizer: was 'b', is 'd'",
-  ]
+  assert differences(meta, meta | dict(dataset='c', tokenizer='d')) == {
+    'dataset': "was 'a', is 'c'",
+    'tokenizer': "was 'b', is 'd'",
+  }
   with Checkpoints(copy / 'checkpoints') as checkpoints:
     stored = checkpoints.meta()
   inputs = load_inputs(other.data, other.model)
@@ -304,18 +312,52 @@ def test_what_changes_no_number_may_change(workdir, tmp_path, base):
   with Checkpoints(copy / 'checkpoints') as checkpoints:
     stored = checkpoints.meta()['config']
   now = json.loads(json.dumps(other.to_dict()))
-  assert stored != now and differences(dict(config=stored), dict(config=now)) == []
+  assert stored != now and differences(dict(config=stored), dict(config=now)) == {}
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, base):
-  """Before a checkpoint that holds it."""
-  with pytest.raises(TrainingError, match=r'^step \d+: expected finite numbers; found (loss|grad_norm) (nan|inf)'):
-    train(experiment(make_dataset(base), groups=(('.*', 1e30),), save_every=1, log_every=1), tmp_path / 'run')
+@pytest.mark.parametrize('most', [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_losses_that_are_not_finite_end_the_run(tmp_path, base, most):
+  """After so many in a row; no step that came of them is in a checkpoint, and every line of the log can be read."""
+  broken = experiment(make_dataset(base), groups=(('.*', 1e30),), save_every=1, log_every=1, max_skipped=most)
+  with pytest.raises(TrainingError) as error:
+    train(broken, tmp_path / 'run')
+  head, *report = str(error.value).splitlines()
+  found = rows(tmp_path / 'run')
+  assert [row['skipped'] for row in found] == [0] * (len(found) - most) + [1] * most
+  assert all(math.isfinite(row['loss']) for row in found[:-most])
+  last = found[-1]['step']
+  assert head.startswith(f'step {last}: {most} step(s) skipped in a row (train.max_skipped={most}); ')
+  assert [line.split(': ')[0].strip() for line in report] == [f'step {last + 1 - k}' for k in range(most, 0, -1)]
+  assert all(': expected finite numbers; found loss ' in line for line in report)
   with Checkpoints(tmp_path / 'run' / 'checkpoints') as checkpoints:
-    step = checkpoints.latest_step
-  rows = [json.loads(line) for line in (tmp_path / 'run' / LOG_NAME).read_text().splitlines()]
-  assert [row['step'] for row in rows] == list(range(1, step + 1))
-  assert all(math.isfinite(row['loss']) for row in rows)
+    assert checkpoints.latest_step == last - 1
+
+
+def test_numbers_that_are_not_finite_are_shown(tmp_path):
+  """null in the log, which is JSON; no point in TensorBoard; a gap in the curves."""
+
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  losses = [2.0, math.nan, math.inf, 1.0]
+  with MetricsLog(tmp_path, start_step=0, total_steps=4) as log:
+    for step, loss in enumerate(losses, 1):
+      log.write(step, dict(loss=loss, accuracy=0.5, learning_rate=1e-3, skipped=float(not math.isfinite(loss))))
+  lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
+  assert [row['loss'] for row in lines] == [2.0, None, None, 1.0]
+  curves = shown(tmp_path / 'tensorboard')
+  assert curves['train/loss'] == [(1, 2.0), (4, 1.0)]
+  assert curves['train/skipped'] == [(1, 0), (2, 1), (3, 1), (4, 0)]
+  training_curves(tmp_path / LOG_NAME, tmp_path / 'curves.png')
+  with Image.open(tmp_path / 'curves.png') as image:
+    image.load()
+  truncate(tmp_path / LOG_NAME, 2)
+  assert [row['loss'] for row in rows(tmp_path)] == [2.0, None]
+
+
+def test_smoothing_leaves_out_what_is_not_there():
+  values = np.array([np.nan, 1.0, 3.0, np.nan, np.nan, 7.0])
+  np.testing.assert_array_equal(smooth(values, 2), [np.nan, 1.0, 2.0, 3.0, np.nan, 7.0])
 
 
 def test_lines_past_the_checkpoint_are_dropped(tmp_path):
