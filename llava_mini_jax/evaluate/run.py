@@ -3,18 +3,23 @@
 `images` shows whether the model looks: `real`; `blank` replaces every image by
 the mean colour; `swapped` gives every question the images of another record, of
 the first from half the split away that has as many, and other ones.
+
+With several processes each reads the questions of the rows that its devices
+hold; the first gathers and writes what all of them found.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from llava_mini_jax.config import require_choice
 from llava_mini_jax.data.conversation import MEDIA_TAG, turns_from_llava
@@ -68,27 +73,17 @@ def evaluate(
   records = open_split(dataset, split)
   count = min(limit or len(records), len(records))
   chosen = {int(i) for i in np.linspace(0, count - 1, min(sheet, count))}  # a split sorted by image shows many
-  rows, pictures = [], {}
-
-  def asked() -> Iterator[Prompt]:
-    for index in range(count):
-      question = _question(records, index, images, answerer.encoder.media)
-      if index in chosen and question.prompt.media:
-        pictures[index] = question.prompt.media[0][0]
-      rows.append(
-        dict(id=question.prompt.name, category=question.category, question=question.text, truth=question.truth)
-      )
-      yield question.prompt
-
+  questions = _Questions(records, count, images, answerer.encoder.media, chosen)
   bar = tqdm.tqdm(
-    answerer.answers(asked(), batch_size=batch_size),
+    answerer.answers(questions, batch_size=batch_size),
     total=count,
     unit='question',
     desc=f'{images} images',
     disable=not is_writer(),
   )
-  for index, answer in enumerate(bar):
-    rows[index] |= dict(answer=answer, correct=is_match(answer, rows[index]['truth']))
+  answers = list(bar)
+  asked = _gathered(questions.asked)
+  rows = [asked[i] | dict(answer=a, correct=is_match(a, asked[i]['truth'])) for i, a in enumerate(answers)]
   run = answerer.run
   summary = dict(images=images, split=split, step=run.step, changes=list(run.changes), **accuracy(rows))
   if not is_writer():
@@ -96,10 +91,48 @@ def evaluate(
   out.mkdir(parents=True, exist_ok=True)
   name = images if count == len(records) else f'{images}_first_{count}'
   (out / f'answers_{name}.json').write_text(json.dumps(dict(summary=summary, answers=rows), indent=1) + '\n')
-  if pictures:
+  for index in chosen - questions.asked.keys():
+    questions[index]  # which another process has read
+  if pictures := dict(sorted(questions.pictures.items())):
     title = f'{summary["accuracy"]:.1%} exact match on {count:,} questions, {images} images'
     contact_sheet(list(pictures.values()), [rows[i] for i in pictures], out / f'contact_sheet_{name}.png', title=title)
   return summary
+
+
+class _Questions(Sequence):
+  """The prompts of the first `count` records, read when they are asked for.
+
+  Attributes:
+    asked: by index what is written of a question, of those that were read. pictures: the first image of `chosen` ones.
+  """
+
+  def __init__(self, records: Split, count: int, images: str, media: MediaProcessor, chosen: set[int]):
+    self._records, self._count, self._images, self._media, self._chosen = records, count, images, media, chosen
+    self.asked: dict[int, dict[str, str]] = {}
+    self.pictures: dict[int, np.ndarray] = {}
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: int) -> Prompt:
+    question = _question(self._records, index, self._images, self._media)
+    prompt = question.prompt
+    self.asked[index] = dict(id=prompt.name, category=question.category, question=question.text, truth=question.truth)
+    if index in self._chosen and prompt.media:
+      self.pictures[index] = prompt.media[0][0]
+    return prompt
+
+
+def _gathered(own: Mapping[int, dict[str, str]]) -> Mapping[int, dict[str, str]]:
+  """What all processes have, by index, on each of them."""
+  if jax.process_count() == 1:
+    return own
+  text = np.frombuffer(json.dumps(own).encode(), np.uint8)
+  longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+  padded = np.full(longest, ord(' '), np.uint8)
+  padded[: len(text)] = text
+  parts = [json.loads(part.tobytes()) for part in multihost_utils.process_allgather(padded)]
+  return {int(index): row for part in parts for index, row in part.items()}
 
 
 def _question(records: Split, index: int, images: str, media: MediaProcessor) -> Question:

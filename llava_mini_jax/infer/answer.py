@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llava_mini_jax.data.conversation import end_of_turn, load_template
 from llava_mini_jax.infer.generate import decode_step, generate, prefill
@@ -37,25 +37,28 @@ class Answerer:
       lambda params, token, cache: decode_step(merge(graphdef, params), token, cache), donate_argnums=2
     )
 
-  def answers(self, prompts: Iterable[Prompt], *, batch_size: int) -> Iterator[str]:
+  def answers(self, prompts: Sequence[Prompt], *, batch_size: int) -> Iterator[str]:
     """One answer per prompt, in order; the next batch is read and prepared while the devices work on one.
 
     Lengths and numbers of visuals are rounded up, so a few programs serve all batches.
 
     Args:
+      prompts: may be read when they are asked for; a process asks for those of its own rows, once each, and for the
+        last one where a shorter last batch leaves it no other.
       batch_size: rows per device batch; a last, shorter batch is padded.
     Raises:
       MeshError: batch_size does not divide over the mesh. DataError: a bad prompt, by name.
     """
     check_batch(batch_size, self.run.mesh)
-    prompts, waiting = iter(prompts), None
-    while part := list(itertools.islice(prompts, batch_size)):
-      batch = self._batch(part, rows=batch_size)
+    waiting = None
+    for start in range(0, len(prompts), batch_size):
+      count = min(batch_size, len(prompts) - start)
+      batch = self._own_batch(prompts, start, count, rows=batch_size)
       with use_mesh(self.run.mesh):
-        ids = self._generate(self.run.params, jax.device_put(batch, batch_sharding(self.run.mesh)))
+        ids = self._generate(self.run.params, batch)
       if waiting:
         yield from self._texts(*waiting)
-      waiting = ids, len(part)
+      waiting = ids, count
     if waiting:
       yield from self._texts(*waiting)
 
@@ -80,7 +83,29 @@ class Answerer:
 
   def _batch(self, prompts: Sequence[Prompt], *, rows: int) -> Batch:
     encoded = [self.encoder.encode(prompt) for prompt in prompts]
-    return self.encoder.batch(prompts, encoded, self.encoder.shape(prompts, encoded), rows=rows)
+    return self.encoder.batch(prompts, encoded, self.encoder.shape(self.encoder.sizes(prompts, encoded)), rows=rows)
+
+  def _own_batch(self, prompts: Sequence[Prompt], start: int, count: int, *, rows: int) -> Batch:
+    """The global batch of `count` prompts from `start` on, of which this process reads what its devices hold."""
+    where = batch_sharding(self.run.mesh)
+    held = [range(rows)[part] for (part,) in where.addressable_devices_indices_map((rows,)).values()]
+    # A row past the last prompt repeats it, as `PromptEncoder.batch` does.
+    mine = sorted({min(row, count - 1) for part in held for row in part})
+    place = {row: index for index, row in enumerate(mine)}
+    own = [prompts[start + row] for row in mine]
+    encoded = [self.encoder.encode(prompt) for prompt in own]
+    sizes = self.encoder.sizes(own, encoded)
+    if jax.process_count() > 1:  # all rows of a batch have one shape
+      sizes = tuple(multihost_utils.process_allgather(np.array(sizes, np.int32)).max(axis=0).tolist())
+    local = self.encoder.batch(own, encoded, self.encoder.shape(sizes), rows=len(own))
+
+    def put(array: np.ndarray) -> jax.Array:
+      def of_device(index: tuple[slice, ...]) -> np.ndarray:
+        return array[[place[min(row, count - 1)] for row in range(rows)[index[0]]]]
+
+      return jax.make_array_from_callback((rows, *array.shape[1:]), where, of_device)
+
+    return jax.tree.map(put, local)
 
   def _texts(self, ids: jax.Array, count: int) -> list[str]:
     return [self._decode_text(row[row >= 0]) for row in np.asarray(ids)[:count]]

@@ -89,15 +89,15 @@ class PromptEncoder:
       raise DataError('E_TOO_LONG', prompt.name, f'expected at most {most} tokens with vision slots; found {tokens}')
     return encoded
 
-  def shape(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> RowShape:
-    """The row that holds any of these."""
-    return prompt_shape(
-      self._model,
-      length=max(map(self._tokens, prompts, encoded)),
-      text=max(map(_text_tokens, encoded)),
-      visuals=max(sum(map(len, prompt.media)) for prompt in prompts),
-      views=self.media.images.views,
-    )
+  def sizes(self, prompts: Sequence[Prompt], encoded: Sequence[Encoded]) -> tuple[int, int, int]:
+    """The most that any of these has: tokens with vision slots, text tokens, visuals."""
+    tokens, text = max(map(self._tokens, prompts, encoded)), max(map(_text_tokens, encoded))
+    return tokens, text, max(sum(map(len, prompt.media)) for prompt in prompts)
+
+  def shape(self, sizes: tuple[int, int, int]) -> RowShape:
+    """The row that holds a prompt of these `sizes`."""
+    length, text, visuals = sizes
+    return prompt_shape(self._model, length=length, text=text, visuals=visuals, views=self.media.images.views)
 
   def _tokens(self, prompt: Prompt, encoded: Encoded) -> int:
     slots = self._model.slots_per_visual(self.media.images.views) * sum(map(len, prompt.media))

@@ -56,7 +56,7 @@ def gray(frames: int) -> list[np.ndarray]:
 def laid_out(encoder: PromptEncoder, *prompts: Prompt, **sizes) -> tuple[Batch, list[Encoded]]:
   """`sizes` replace those of the shape."""
   encoded = [encoder.encode(prompt) for prompt in prompts]
-  shape = dataclasses.replace(encoder.shape(prompts, encoded), **sizes)
+  shape = dataclasses.replace(encoder.shape(encoder.sizes(prompts, encoded)), **sizes)
   return encoder.batch(prompts, encoded, shape, rows=len(prompts)), encoded
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_run import FAULTS
 from tiny_run import REPOSITORY, make_dataset
 
 from llava_mini_jax.train.checkpoint import Checkpoints
@@ -72,7 +73,7 @@ def start(program: list, count: int, devices: int) -> list[str]:
 
 def train(dataset: Path, workdir: Path, count: int, devices: int, *overrides: str) -> Run:
   program = [
-    'tests/recorded_run.py',
+    'tests/faulty_run.py',
     f'{workdir}.{{process}}.jsonl',
     f'--config=tests/tiny_run.py:{dataset}',
     f'--workdir={workdir}',
@@ -120,12 +121,20 @@ def resumable(run: Run, workdir: Path) -> Path:
 def close(found: list[dict], expected: list[dict]) -> None:
   assert len(found) == len(expected)
   for a, b in zip(found, expected, strict=True):
-    np.testing.assert_allclose([a[name] for name in EXACT], [b[name] for name in EXACT], rtol=1e-5, atol=1e-5)
+    numbers = (np.array([row[name] for name in EXACT], float) for row in (a, b))  # null is NaN
+    np.testing.assert_allclose(*numbers, rtol=1e-5, atol=1e-5)
 
 
 def test_same_numbers_as_one_process(runs):
   assert [row['step'] for row in runs['two'].rows] == list(range(1, STEPS + 1))
   close(runs['two'].rows, runs['one'].rows)
+
+
+def test_processes_agree_on_what_they_skip(runs):
+  """The numbers that are none come from one of two processes; neither takes the step."""
+  for run in runs.values():
+    assert {row['step'] for row in run.rows if row['skipped']} == set(FAULTS)
+    assert {row['step'] for row in run.rows if row['loss'] is None} == set(FAULTS)
 
 
 def test_same_samples_as_one_process(runs):
@@ -180,14 +189,32 @@ def test_a_checkpoint_of_both(runs):
     assert checkpoints.meta()['data'] == {'global_next_index': STEPS * 8}
 
 
-def test_evaluated_by_two_processes(runs, tmp_path_factory):
-  dataset, run = make_dataset(tmp_path_factory.getbasetemp()), runs['two'].workdir
-  answers = {}
-  for count in (1, 2):
-    out = tmp_path_factory.mktemp(f'answers_{count}')
-    words = [f'--workdir={run}', f'--dataset={dataset}', '--split=train', '--batch_size=8', f'--out={out}']
-    printed = start(['launch/evaluate.py', *words], count, 4 // count)
-    assert 'exact match' in printed[0]
-    assert all('exact match' not in text for text in printed[1:])
-    answers[count] = json.loads((out / 'answers_real.json').read_text())
-  assert answers[1] == answers[2]
+def evaluated(run: Path, dataset: Path, out: Path, count: int) -> tuple[dict, list[list[int]]]:
+  """Eleven questions by so many processes: what was written, and what each process read in order to ask."""
+  out.mkdir()
+  words = [f'--workdir={run}', f'--dataset={dataset}', '--split=train', '--batch_size=8', '--limit=11', f'--out={out}']
+  printed = start(['tests/recorded_evaluation.py', f'{out}/read.{{process}}', *words], count, 4 // count)
+  assert 'exact match' in printed[0]
+  assert all('exact match' not in text for text in printed[1:])
+  assert (out / 'contact_sheet_real_first_11.png').exists()
+  read = [json.loads((out / f'read.{process}').read_text()) for process in range(count)]
+  return json.loads((out / 'answers_real_first_11.json').read_text()), read
+
+
+@pytest.fixture(scope='module')
+def alone(runs, tmp_path_factory):
+  dataset = make_dataset(tmp_path_factory.getbasetemp())
+  return evaluated(runs['two'].workdir, dataset, tmp_path_factory.mktemp('alone') / 'out', 1)
+
+
+@pytest.mark.parametrize('count', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_evaluated_by_several_processes(runs, alone, tmp_path_factory, tmp_path, count):
+  """Each reads its own questions, all are asked, and the answers are those of one process; 11 do not divide."""
+  dataset = make_dataset(tmp_path_factory.getbasetemp())
+  written, read = evaluated(runs['two'].workdir, dataset, tmp_path / 'out', count)
+  assert written == alone[0] and len(written['answers']) == 11
+  assert alone[1] == [list(range(11))]
+  last = [part for part in read if part[-1:] == [10]]  # a process without a row in the last batch repeats its last one
+  assert sorted(index for part in read for index in part) == [*range(11), *[10] * (len(last) - 1)]
+  rows = 8 // count
+  assert [part[:rows] for part in read] == [list(range(p * rows, (p + 1) * rows)) for p in range(count)]
