@@ -160,7 +160,8 @@ def make_trainer(
     params = apply_updates(state['params'], updates, taken)
     if batch.bad_samples is not None:
       metrics |= dict(bad_samples=batch.bad_samples.sum())
-    metrics |= dict(loss=loss, grad_norm=grad_norm, learning_rate=peak_rate * factor(taken), skipped=~ok)
+    metrics |= dict(loss=loss, grad_norm=grad_norm, learning_rate=peak_rate * factor(taken))
+    metrics |= dict(skipped=counters['skipped'] - state['guard']['skipped'])
     params, opt = select(ok, (params, opt), (state['params'], state['opt']))
     return dict(state, step=state['step'] + 1, params=params, opt=opt, guard=counters), metrics
 

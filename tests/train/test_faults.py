@@ -97,6 +97,7 @@ def test_counters_go_on_after_a_resume(dataset, whole, tmp_path):
   assert found == expected and (found['skipped'], found['consecutive']) == (3, 0)
 
 
+@pytest.mark.slow
 def test_too_many_over_a_resume(dataset, whole, tmp_path):
   with pytest.raises(TrainingError) as error:
     run(dataset, up_to(whole, tmp_path / 'again'), max_skipped=2)
