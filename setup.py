@@ -41,6 +41,7 @@ setup(
     'orbax-checkpoint>=0.12.8,<0.13',  # its v1 interface may still change
     'pillow>=11.0',
     'protobuf>=5.0',
+    'qwix>=0.1.8',
     'safetensors>=0.5',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.10',

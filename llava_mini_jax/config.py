@@ -15,6 +15,7 @@ from typing import Any
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+QUANTIZED = ('int8', 'int4', 'nf4')  # what kernels may be kept in: `models.quantized`
 
 
 class ConfigError(ValueError):

@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from llava_mini_jax.config import ConfigError, LlavaMiniConfig, build_dataclass, require_choice
+from llava_mini_jax.config import QUANTIZED, ConfigError, LlavaMiniConfig, build_dataclass, require_choice
 
 BAD_SAMPLE = ('raise', 'mask')
 
@@ -97,6 +97,7 @@ class TrainConfig:
   lora_rank: int = 0  # adapters of that rank train in place of the kernels that lora_targets match; 0 = none
   lora_alpha: float = 16.0  # an adapter's share is lora_alpha / lora_rank
   lora_targets: tuple = ()  # path patterns of kernels that `groups` freeze; their adapters are `lora/PATH/a` and `/b`
+  lora_base: str = ''  # int8, int4, nf4: what those kernels are kept in; '' = param_dtype
   param_dtype: str = 'float32'  # bfloat16: half the memory; updates are rounded at random, adapters stay float32
   batch_size: int = 256  # global
   accumulate: int = 1  # micro-steps that a batch is computed in, with the memory of one and the numbers of all
@@ -134,6 +135,10 @@ class TrainConfig:
     if self.weight_decay < 0 or self.max_steps < 0:
       raise ConfigError('TrainConfig: weight_decay and max_steps must not be negative')
     require_choice('TrainConfig.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
+    if self.lora_base:
+      require_choice('TrainConfig.lora_base', self.lora_base, QUANTIZED)
+      if not self.lora_rank:
+        raise ConfigError(f'TrainConfig: expected a lora_rank with lora_base={self.lora_base!r}; found none')
     if self.lora_rank < 0 or bool(self.lora_rank) != bool(self.lora_targets):
       found = f'lora_rank={self.lora_rank}, lora_targets={self.lora_targets!r}'
       raise ConfigError(f'TrainConfig: expected both a positive lora_rank and lora_targets, or neither; found {found}')

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ from llava_mini_jax.train.lora import (
   abstract_adapters,
   adapted_paths,
   adapter_names,
+  as_kept,
+  as_kept_on_host,
   lora_of,
   merged,
   merged_on_host,
@@ -146,6 +148,7 @@ class Adapted:
     found = self._trained.load({path: leaf for path, leaf in whole.items() if path in stored})
     found |= self._base.load({path: leaf for path, leaf in whole.items() if path not in stored})
     for path in sorted(self._adapted & whole.keys()):
+      found[path] = as_kept(path, found[path], self._lora)
       one = dataclasses.replace(self._lora, targets=(re.escape(path),))
       adapter = self._trained.load(abstract_adapters({path: whole[path]}, one))
       add = jax.jit(merged, static_argnums=(0, 4), donate_argnums=1, out_shardings=whole[path].sharding)
@@ -155,7 +158,7 @@ class Adapted:
   def read(self, path: str) -> np.ndarray:
     if path in self._trained.stored:
       return self._trained.read(path)
-    base = self._base.read(path)
+    base = as_kept_on_host(path, self._base.read(path), self._lora)
     if path not in self._adapted:
       return base
     a, b = map(self._trained.read, adapter_names(path))
@@ -231,15 +234,20 @@ def starting_parameters(
   dtype: str = 'float32',
   *,
   modules: Collection[str] = MODULES,
-) -> dict[str, jax.Array]:
+  each: Callable[[str, jax.Array], Any] | None = None,
+) -> dict[str, Any]:
   """What training of `model` starts from, by path; see `run_start.starting_paths`. Optimizer and step are not read.
 
   Args:
     modules: those of the model that are wanted.
+    each: makes of a path and its array what is returned; then they are read one by one.
   Raises:
     CheckpointError: as `starting_paths` and `open_parameters`. DataError: damaged files.
   """
   workdir = Path(workdir)
   origin = starting_paths(workdir, read_experiment(workdir, step).model, model, modules)
   _, leaves = sharded_model(model, mesh, jnp.dtype(dtype))
-  return open_parameters(workdir, step).load({path: leaves[path] for path in origin}, origin)
+  source = open_parameters(workdir, step)
+  if each is None:
+    return source.load({path: leaves[path] for path in origin}, origin)
+  return {path: each(path, source.load({path: leaves[path]}, origin)[path]) for path in origin}

@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import qwix
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_mini_jax.config import DecoderConfig, RopeScaling, ScanConfig
 from llava_mini_jax.models.attention import CONTEXT, attend
+from llava_mini_jax.models.quantized import dequantize
 from llava_mini_jax.sharding import constrain
 
 Init = Callable[..., jax.Array]
@@ -47,7 +49,7 @@ zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
 class LowRank:
   """A kernel base[in, out] + scale · a[in, rank] · b[rank, out] that is never added up; stands where a kernel does."""
 
-  base: jax.Array
+  base: jax.Array | qwix.QArray
   a: jax.Array
   b: jax.Array
   scale: float = dataclasses.field(metadata=dict(static=True))
@@ -58,7 +60,7 @@ class LowRank:
     return self
 
 
-def linear(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Array:
+def linear(x: jax.Array, kernel: jax.Array | qwix.QArray | LowRank, inputs: int = 1) -> jax.Array:
   """x[... in] · kernel[in, out], where `in` may be the last few axes of x (`inputs` of them) and `out` any number.
 
   The same as an einsum, but as one matrix product: XLA on CPUs computes the gradient of a product with more axes
@@ -66,6 +68,8 @@ def linear(x: jax.Array, kernel: jax.Array | LowRank, inputs: int = 1) -> jax.Ar
   """
   if isinstance(kernel, LowRank):
     return linear(x, kernel.base, inputs) + kernel.scale * linear(linear(x, kernel.a, inputs), kernel.b)
+  if isinstance(kernel, qwix.QArray):
+    kernel = dequantize(kernel, x.dtype)
   lead, out = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
   size = math.prod(kernel.shape[:inputs])
   return (x.reshape(-1, size) @ kernel.astype(x.dtype).reshape(size, -1)).reshape(*lead, *out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -247,7 +248,9 @@ def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:
 
 
 def _describe(experiment: Experiment, trainer: Trainer, inputs: Inputs, order: Order, start: int, total: int) -> str:
-  count = {part: sum(leaf.size for leaf in flatten(trainer.abstract[part]).values()) for part in ('params', 'frozen')}
+  count = {
+    part: sum(math.prod(x.shape) for x in flatten(trainer.abstract[part]).values()) for part in ('params', 'frozen')
+  }
   mixture = [inputs.source.describe()] if isinstance(inputs.source, Mixture) else []
   anew = experiment.train.init_from and not start
   begins = [describe_start(Path(experiment.train.init_from), experiment.model)] if anew else []

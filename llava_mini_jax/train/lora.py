@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.convert.names import RELEASED, Rule
 from llava_mini_jax.experiment import TrainConfig
+from llava_mini_jax.models import quantized
 from llava_mini_jax.models.layers import LowRank
 
 PREFIX = 'lora/'
@@ -30,11 +31,15 @@ _RULES = RELEASED.rules()
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """rank: columns of A. alpha: its share is alpha / rank. targets: patterns of the paths of kernels that get one."""
+  """rank: columns of A. alpha: its share is alpha / rank. targets: patterns of the paths of kernels that get one.
+
+  base: what these kernels are kept in, one of `config.QUANTIZED`; '' = as they are.
+  """
 
   rank: int
   alpha: float
   targets: tuple[str, ...]
+  base: str = ''
 
   @property
   def scale(self) -> float:
@@ -43,7 +48,9 @@ class Lora:
 
 def lora_of(config: TrainConfig) -> Lora | None:
   """What the fields `lora_…` say."""
-  return Lora(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank else None
+  if not config.lora_rank:
+    return None
+  return Lora(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_base)
 
 
 def adapted_paths(paths: Iterable[str]) -> list[str]:
@@ -110,6 +117,53 @@ def abstract_adapters(leaves: Mapping[str, jax.ShapeDtypeStruct], lora: Lora) ->
 def _split(rule: Rule) -> int:
   """Where a kernel's output axes begin."""
   return rule.stacked + (2 if rule.kind == 'linear2' else 1)
+
+
+def abstract_base(leaves: Mapping[str, jax.ShapeDtypeStruct], lora: Lora) -> dict[str, Any]:
+  """The adapted kernels as they are kept, by path, where that is not as they are; raises as `target_paths`."""
+  paths = target_paths(leaves, lora.targets) if lora.base else ()
+  return {path: quantized.abstract(leaves[path], lora.base, **_axes(path)) for path in paths}
+
+
+def kept(path: str, kernel: jax.Array, lora: Lora) -> Any:
+  """A kernel as it is kept, on the devices where it is."""
+  if not (lora.base and _is_target(path, lora)):
+    return kernel
+  leaf = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=kernel.sharding)
+  where = jax.tree.map(lambda part: part.sharding, quantized.abstract(leaf, lora.base, **_axes(path)))
+  return jax.jit(lambda x: quantized.quantize(x, lora.base, **_axes(path)), out_shardings=where)(kernel)
+
+
+def as_kept(path: str, kernel: jax.Array, lora: Lora) -> jax.Array:
+  """A kernel with the numbers that it has where it is kept: those that its adapter was trained on."""
+  if not (lora.base and _is_target(path, lora)):
+    return kernel
+
+  def rounded(x):
+    return quantized.dequantize(quantized.quantize(x, lora.base, **_axes(path)), x.dtype)
+
+  return jax.jit(rounded, out_shardings=kernel.sharding)(kernel)
+
+
+def as_kept_on_host(path: str, kernel: np.ndarray, lora: Lora) -> np.ndarray:
+  """`as_kept`, layer by layer where the kernel is stacked."""
+  if not (lora.base and _is_target(path, lora)):
+    return kernel
+  whole, cpu = np.empty(kernel.shape, kernel.dtype), jax.local_devices(backend='cpu')[0]
+  for layer in range(len(kernel)) if _RULES[path].stacked else (slice(None),):
+    at = slice(layer, layer + 1) if isinstance(layer, int) else layer
+    whole[at] = as_kept(path, jax.device_put(kernel[at], cpu), lora)
+  return whole
+
+
+def _is_target(path: str, lora: Lora) -> bool:
+  return any(re.fullmatch(pattern, path) for pattern in lora.targets)
+
+
+def _axes(path: str) -> dict[str, int]:
+  """How many axes of a kernel count layers, and how many inputs."""
+  layers = int(_RULES[path].stacked)
+  return dict(layers=layers, inputs=_split(_RULES[path]) - layers)
 
 
 def check_groups(rates: Mapping[str, float | None]) -> None:

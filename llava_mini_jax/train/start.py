@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llava_mini_jax.config import ConfigError
@@ -17,10 +18,10 @@ from llava_mini_jax.sharding import replicated
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.fingerprint import fingerprints
 from llava_mini_jax.train.guard import Guard
-from llava_mini_jax.train.lora import PREFIX, lora_of
+from llava_mini_jax.train.lora import PREFIX, kept, lora_of
 from llava_mini_jax.train.optimizer import schedule
 from llava_mini_jax.train.step import State, Trainer, make_trainer, saved_part
-from llava_mini_jax.train.tree import flatten, unflatten
+from llava_mini_jax.train.tree import flatten, sharded_model, unflatten
 
 _LISTED = 5
 
@@ -73,8 +74,22 @@ def initial_state(experiment: Experiment, trainer: Trainer) -> tuple[State, dict
   if not config.init_from:
     return trainer.init(key), {}
   step = newest_step(config.init_from)
-  loaded = starting_parameters(Path(config.init_from), experiment.model, trainer.mesh, step, config.param_dtype)
   parts = {part: flatten(trainer.abstract[part]) for part in ('params', 'frozen')}
+  prints = {}
+
+  def each(path: str, array: jax.Array) -> Any:
+    if path in parts['frozen']:
+      prints.update(fingerprints({path: array}))
+    return kept(path, array, trainer.lora)
+
+  loaded = starting_parameters(
+    Path(config.init_from),
+    experiment.model,
+    trainer.mesh,
+    step,
+    config.param_dtype,
+    each=each if trainer.lora else None,
+  )
   fresh = [re.compile(pattern) for pattern in config.init_fresh] + [re.compile(f'{PREFIX}.*')]
   absent = [path for part in parts.values() for path in part if path not in loaded]
   absent = [path for path in absent if not any(pattern.fullmatch(path) for pattern in fresh)]
@@ -85,9 +100,7 @@ def initial_state(experiment: Experiment, trainer: Trainer) -> tuple[State, dict
     return trainer.init(key, loaded), {}
   if lost := [path for path in parts['frozen'] if path not in loaded]:
     raise ConfigError(f'train.groups freeze {lost[0]}, which starts anew; a checkpoint of adapters would not hold it')
-  state = trainer.init(key, loaded)
-  found = fingerprints(flatten(state['frozen']))
-  return state, dict(base=dict(run=config.init_from, step=step, fingerprints=found))
+  return trainer.init(key, loaded), dict(base=dict(run=config.init_from, step=step, fingerprints=prints))
 
 
 def resumed_state(
@@ -107,8 +120,11 @@ def resumed_state(
   fresh = jax.device_put(trainer.guard.initial(), trainer.shardings['guard'])
   state['guard'] = trainer.guard.adopt(state.get('guard', {}), fresh)
   if trainer.lora:
-    base = open_base(
-      experiment.model, meta['base'] | dict(run=experiment.train.init_from), experiment.train.param_dtype
-    )
-    state['frozen'] = unflatten(base.load(flatten(trainer.abstract['frozen'])))
+    dtype = experiment.train.param_dtype
+    base = open_base(experiment.model, meta['base'] | dict(run=experiment.train.init_from), dtype)
+    _, leaves = sharded_model(experiment.model, trainer.mesh, jnp.dtype(dtype))
+    found = {}
+    for path in flatten(trainer.abstract['frozen']):  # one by one: what is kept in fewer bits is never there whole
+      found[path] = kept(path, base.load({path: leaves[path]})[path], trainer.lora)
+    state['frozen'] = unflatten(found)
   return state, meta

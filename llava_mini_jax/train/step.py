@@ -23,7 +23,7 @@ from llava_mini_jax.models.llava_mini import build
 from llava_mini_jax.sharding import compiler_options, replicated, use_mesh
 from llava_mini_jax.train.accumulation import gradients
 from llava_mini_jax.train.guard import Guard, select
-from llava_mini_jax.train.lora import Lora, abstract_adapters, attach, check_groups, draw_adapters
+from llava_mini_jax.train.lora import Lora, abstract_adapters, abstract_base, attach, check_groups, draw_adapters
 from llava_mini_jax.train.loss import head_loss
 from llava_mini_jax.train.optimizer import assign_groups, make_optimizer
 from llava_mini_jax.train.rounding import apply_updates
@@ -113,7 +113,7 @@ def make_trainer(
   """
   graphdef, leaves = sharded_model(config, mesh, jnp.dtype(param_dtype))
   adapters = abstract_adapters(leaves, lora) if lora else {}
-  leaves |= adapters
+  leaves |= adapters | (abstract_base(leaves, lora) if lora else {})
   rates = assign_groups(leaves, groups)
   check_groups(rates)
   tx = make_optimizer(unflatten({p: r for p, r in rates.items() if r is not None}), factor, **optimizer)
