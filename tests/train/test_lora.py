@@ -384,6 +384,7 @@ def test_a_base_that_is_gone_or_another(adapted, start, tmp_path):
     load_run(start, one_device(), changes=['train.init_from=x'])
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapted_one_but_adapters_do_not(adapted, root, tmp_path):
   again = lora_experiment(root, adapted)
   with pytest.raises(ConfigError, match='adapted0/run has LoRA adapters itself; export it with --merge_lora'):

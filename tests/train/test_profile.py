@@ -53,6 +53,7 @@ def test_the_steps_that_are_asked_for(profiled):
   assert any('jit_step' in event.name or 'PjitFunction(step)' in event.name for event in events)
 
 
+@pytest.mark.slow
 def test_a_profile_changes_no_number(profiled, dataset, tmp_path):
   assert run(dataset, tmp_path / 'run') == profiled[1]
 
