@@ -88,6 +88,15 @@ def _abstract_state(
   return dict(step=step, params=params, frozen=frozen, opt=opt, guard=guard.abstract(one))
 
 
+def _updated(
+  tx: optax.GradientTransformation, state: State, grads: Any, ok: jax.Array, taken: jax.Array
+) -> tuple[Any, Any]:
+  """Parameters and optimizer after the step, or as they are if it is not ok."""
+  updates, opt = tx.update(grads, state['opt'], state['params'])
+  new = apply_updates(state['params'], updates, taken), opt
+  return select(ok, new, (state['params'], state['opt']))
+
+
 def make_trainer(
   config: LlavaMiniConfig,
   mesh: Mesh,
@@ -156,13 +165,11 @@ def make_trainer(
     ok, counters = guard.judge(state['guard'], loss, grad_norm, metrics['target_tokens'])
     # Rounding, the schedule and Adam's bias go by the steps that counted: one that is skipped leaves no trace.
     taken = state['step'] - state['guard']['skipped']
-    updates, opt = tx.update(grads, state['opt'], state['params'])
-    params = apply_updates(state['params'], updates, taken)
+    params, opt = _updated(tx, state, grads, ok, taken)
     if batch.bad_samples is not None:
       metrics |= dict(bad_samples=batch.bad_samples.sum())
     metrics |= dict(loss=loss, grad_norm=grad_norm, learning_rate=peak_rate * factor(taken))
     metrics |= dict(skipped=counters['skipped'] - state['guard']['skipped'])
-    params, opt = select(ok, (params, opt), (state['params'], state['opt']))
     return dict(state, step=state['step'] + 1, params=params, opt=opt, guard=counters), metrics
 
   return Trainer(mesh, graphdef, shardings, abstract, lora, guard, init, step)

@@ -18,6 +18,7 @@ from faulty_run import FAULTS
 from tiny_run import REPOSITORY, make_dataset
 
 from llava_mini_jax.train.checkpoint import Checkpoints
+from llava_mini_jax.train.lock import only_trainer
 from llava_mini_jax.train.metrics import LOG_NAME
 
 STEPS, HALF = 12, 6
@@ -40,7 +41,7 @@ class Run:
     return [json.loads(line) for line in path.read_text().splitlines()][:STEPS]  # more were prepared ahead
 
 
-def start(program: list, count: int, devices: int) -> list[str]:
+def start(program: list, count: int, devices: int, *, ends_well: bool = True) -> list[str]:
   """Runs it as so many processes of so many devices each; what each of them printed."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -67,7 +68,7 @@ def start(program: list, count: int, devices: int) -> list[str]:
       )
     )
   printed = [process.communicate()[0] for process in started]
-  assert [process.returncode for process in started] == [0] * count, '\n'.join(printed)
+  assert [process.returncode == 0 for process in started] == [ends_well] * count, '\n'.join(printed)
   return printed
 
 
@@ -187,6 +188,17 @@ def test_a_checkpoint_of_both(runs):
   with Checkpoints(runs['two'].workdir / 'checkpoints') as checkpoints:
     assert checkpoints.latest_step == STEPS
     assert checkpoints.meta()['data'] == {'global_next_index': STEPS * 8}
+
+
+def test_two_processes_are_refused_where_another_trains(tmp_path, tmp_path_factory):
+  """Only the first asks for the lock, and both end with the same line."""
+  dataset = make_dataset(tmp_path_factory.getbasetemp())
+  program = ['launch/train.py', f'--config=tests/tiny_run.py:{dataset}', f'--workdir={tmp_path}']
+  with only_trainer(tmp_path):
+    printed = start(program, 2, 1, ends_well=False)
+  for text in printed:
+    assert f'error: {tmp_path}: expected to be the only trainer there; found process {os.getpid()} on ' in text
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['lock']
 
 
 def evaluated(run: Path, dataset: Path, out: Path, count: int) -> tuple[dict, list[list[int]]]:
