@@ -129,6 +129,7 @@ def test_a_change_that_is_allowed(dataset, whole, tmp_path):
   assert curve(again, STEPS) == curve(whole, STEPS)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_there_was_a_guard(dataset, whole, tmp_path):
   """Its counters begin anew, and its curve goes on."""
   old = tmp_path / 'old'
