@@ -5,6 +5,7 @@ Any field can be overridden: --config.train.batch_size=64. Run the same command 
 from the one in WORKDIR is refused, unless --allow_config_change=config.train.seed names all that does.
 On several hosts run it once on each: SLURM, GKE and TPU VMs are recognised, else name the processes (docs/pods.md),
 --coordinator=10.0.0.1:8476 --num_processes=4 --process_id=0
+On SIGTERM it saves where it is and ends with status 75: the same command goes on from there.
 """
 
 import time
@@ -25,6 +26,9 @@ _PROFILE = flags.DEFINE_string('profile_steps', '', 'FIRST:END, as 10:15: trace 
 _ALLOWED = flags.DEFINE_multi_string(
   'allow_config_change', [], 'What may differ from the run that is resumed, named as in the refusal; may be repeated.'
 )
+_FALLBACK = flags.DEFINE_bool(
+  'fallback', True, 'Whether to go on from an older checkpoint if the newest is damaged; --nofallback ends there.'
+)
 define_process_flags()
 flags.mark_flags_as_required(['config', 'workdir'])
 
@@ -32,8 +36,9 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def main(_) -> None:
   began = time.perf_counter() - process_age()
   experiment, steps = Experiment.from_dict(_CONFIG.value), parse_steps(_PROFILE.value)
-  train(experiment, Path(_WORKDIR.value), profile_steps=steps, allowed=_ALLOWED.value, began=began)
+  changes = dict(allowed=_ALLOWED.value, fallback=_FALLBACK.value)
+  train(experiment, Path(_WORKDIR.value), profile_steps=steps, began=began, **changes)
 
 
 if __name__ == '__main__':
-  launch(main, several=True)
+  launch(main, several=True, preemptible=True)

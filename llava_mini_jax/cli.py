@@ -13,9 +13,10 @@ from absl import app, flags, logging
 from llava_mini_jax.compile_cache import use_compilation_cache
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.errors import DataError
-from llava_mini_jax.distributed import SINGLE, TIMEOUT, find_cluster, processes
+from llava_mini_jax.distributed import HEARTBEAT, SINGLE, TIMEOUT, find_cluster, processes
+from llava_mini_jax.quiet import quiet_orbax
 from llava_mini_jax.sharding import MeshError
-from llava_mini_jax.train.errors import CheckpointError, TrainingError
+from llava_mini_jax.train.errors import CheckpointError, Preempted, TrainingError
 
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # on import it advises to install PyTorch
 
@@ -28,36 +29,51 @@ def define_process_flags() -> None:
   flags.DEFINE_integer('num_processes', None, 'Processes of the run; 1 alone = look for no others.', lower_bound=1)
   flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.', lower_bound=0)
   flags.DEFINE_integer('start_timeout', TIMEOUT, 'Seconds that they wait for each other at the start.', lower_bound=1)
+  flags.DEFINE_integer(
+    'heartbeat_timeout', HEARTBEAT, 'Seconds without a sign of life after which one is dead.', lower_bound=1
+  )
 
 
 def launch(
-  main: Callable[[Sequence[str]], None], *, arguments: bool = False, several: bool = False, keep: bool = True
+  main: Callable[[Sequence[str]], None],
+  *,
+  arguments: bool = False,
+  several: bool = False,
+  preemptible: bool = False,
+  keep: bool = True,
 ) -> None:
   """Parses flags and runs `main`; the user's mistakes are printed as one message, bugs keep their traceback.
 
   Args:
     arguments: whether the command takes words besides its flags.
     several: whether it may be one of several processes; needs `define_process_flags`.
+    preemptible: whether it hears SIGTERM, saves and raises `Preempted`: status 75, EX_TEMPFAIL of sysexits.h.
     keep: whether compiled programs are kept (`compile_cache`); not where compiling is what is looked at.
   """
 
-  def wrapped(argv: Sequence[str]) -> None:
+  def wrapped(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # libraries announce every object they make
+    quiet_orbax()
     if len(argv) > 1 and not arguments:
       sys.exit(f'error: unexpected argument(s): {" ".join(argv[1:])}')
-    f = flags.FLAGS
+    f, status = flags.FLAGS, 0
     try:
       cluster = find_cluster(f.coordinator, f.num_processes, f.process_id) if several else SINGLE
-      with processes(cluster, timeout=f.start_timeout if several else TIMEOUT):
+      times = dict(timeout=f.start_timeout, heartbeat=f.heartbeat_timeout) if several else {}
+      with processes(cluster, preemptible=preemptible, **times):
         try:
           # CPUs of several processes are for tests: what was compiled for their devices is not tried for others.
           if keep and not (cluster.several and jax.default_backend() == 'cpu'):
             use_compilation_cache()
           main(argv)
+        except Preempted as error:  # of all processes, which part in peace
+          print(f'preempted: {error}', file=sys.stderr, flush=True)
+          status = os.EX_TEMPFAIL
         except (*USER_ERRORS, OSError) as error:  # said before the end, for which processes wait for each other
           _fail(error)
     except ConfigError as error:
       _fail(error)
+    return status
 
   app.run(wrapped, flags_parser=_parse)
 

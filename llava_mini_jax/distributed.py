@@ -1,7 +1,8 @@
 """How many processes a run has, and their meeting: the one place that starts `jax.distributed`.
 
 Enters: the flags --coordinator, --num_processes, --process_id, and the environment of the scheduler. Leaves: processes
-that see each other's devices, or a single one. What JAX knows how to find (SLURM, GKE, TPU VM metadata) is left to it:
+that see each other's devices, or a single one; if they train, they hear of a preemption. What JAX knows how to find
+(SLURM, GKE, TPU VM metadata) is left to it:
 https://docs.jax.dev/en/latest/multi_process.html
 """
 
@@ -10,18 +11,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from llava_mini_jax.config import ConfigError
 
+_LONGEST = 1024  # bytes of a fault that the others are told of
 TIMEOUT = 300  # seconds that processes wait for each other at the start, as JAX's
+HEARTBEAT = 100  # seconds without a sign of life, as JAX's
 _SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
 _GOOGLE = '0x1ae0'  # PCI vendor, of its network cards too
 _TPU_CHIPS = ('0x0027', '0x0056', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076')  # PCI devices: v2 to 7x
@@ -47,6 +52,31 @@ SINGLE = Cluster('none', num_processes=1, process_id=0)
 def is_writer() -> bool:
   """Whether this process is the one that writes what is written once, and shows progress."""
   return jax.process_index() == 0
+
+
+def meet(name: str) -> None:
+  """Waits for the other processes to come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def first_fault(fault: str) -> str:
+  """What the first process that has a fault says of it, on all of them; '' = none has one."""
+  if jax.process_count() == 1:
+    return fault
+  mine = np.frombuffer(fault.encode()[:_LONGEST].ljust(_LONGEST, b'\0'), np.uint8)
+  everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, _LONGEST)
+  texts = (row.astype(np.uint8).tobytes().rstrip(b'\0').decode(errors='replace') for row in everyone)
+  return next(filter(None, texts), '')
+
+
+def as_first(numbers: Sequence[int]) -> list[int]:
+  """Those of the first process, on all of them."""
+  if jax.process_count() == 1:
+    return list(numbers)
+  count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+  mine = np.resize(np.array([*numbers, 0], np.int32), count)  # another process's may be more or fewer
+  return [int(number) for number in multihost_utils.broadcast_one_to_all(mine)]
 
 
 def find_cluster(
@@ -133,17 +163,25 @@ def _is_tpu_chip(device: Path) -> bool:
 
 
 @contextlib.contextmanager
-def processes(cluster: Cluster, *, timeout: int = TIMEOUT) -> Iterator[None]:
+def processes(
+  cluster: Cluster, *, timeout: int = TIMEOUT, heartbeat: int = HEARTBEAT, preemptible: bool = False
+) -> Iterator[None]:
   """Inside, `jax.devices()` are those of all processes; must be entered before JAX computes anything.
 
   If they have not met after `timeout` seconds, the process prints one line and ends with status 1. One that fails ends
   at once, and the runtime then aborts the others; at the end of a run that does not, all wait for the slowest.
 
+  Args:
+    heartbeat: seconds without a sign of life after which a process counts as dead, and the others abort.
+    preemptible: whether SIGTERM, instead of killing, is told to who asks (`train.preemption`); a single process is then
+      one of a cluster too.
   Raises:
     ConfigError: JAX cannot find out who the processes are.
   """
+  jax.config.update('jax_enable_preemption_service', preemptible)
   if not cluster.several:
-    yield
+    with _single() if preemptible else contextlib.nullcontext():
+      yield
     return
   explicit = cluster.found_in == 'flags'
   # When a connection fails, the runtime aborts the process from C++ instead of raising, so ours has to be the first.
@@ -157,6 +195,7 @@ def processes(cluster: Cluster, *, timeout: int = TIMEOUT) -> Iterator[None]:
       cluster.process_id if explicit else None,
       cluster_detection_method='deactivate' if explicit else None,
       initialization_timeout=2 * timeout,
+      heartbeat_timeout_seconds=heartbeat,
     )
   except (RuntimeError, ValueError, OSError) as error:  # OSError: what asks the metadata server raises
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -173,6 +212,19 @@ def processes(cluster: Cluster, *, timeout: int = TIMEOUT) -> Iterator[None]:
     os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
   multihost_utils.sync_global_devices('end')  # the first process may still be drawing, longer than a shutdown waits
   jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _single() -> Iterator[None]:
+  """A cluster of this process, which nobody else can reach."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  jax.distributed.initialize(address, 1, 0, cluster_detection_method='deactivate', coordinator_bind_address=address)
+  try:
+    yield
+  finally:
+    jax.distributed.shutdown()
 
 
 def _give_up(cluster: Cluster, timeout: int) -> None:

@@ -117,10 +117,12 @@ class TrainConfig:
   slices: int = 1  # TPU slices (or processes) that only a data-center network joins; `data` is a multiple of it
   log_every: int = 10
   save_every: int = 500
-  keep: int = 3  # newest checkpoints kept
+  keep: int = 3  # newest checkpoints kept; of verified ones always 2
+  verify_saves: bool = True  # a save counts when it was read back from disk and is what was saved
+  failed_saves: int = 3  # in a row, that end the run
 
   def __post_init__(self):
-    for field in ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep', 'slices', 'max_skipped'):
+    for field in ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep', 'slices', 'max_skipped', 'failed_saves'):
       if getattr(self, field) < 1:
         raise ConfigError(f'TrainConfig.{field}: expected a positive integer; found {getattr(self, field)}')
     for field, top in (('warmup_ratio', 1.0), ('beta1', 1.0), ('beta2', 1.0)):

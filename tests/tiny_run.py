@@ -97,13 +97,17 @@ def make_dataset(base: Path) -> Path:
   return root / 'data'
 
 
-def command(script: str, *arguments, devices: int = 1, **pipes) -> subprocess.Popen:
-  """Starts launch/SCRIPT.py with so many emulated devices. XLA compiles without optimizing, which is much faster."""
+def command(script: str, *arguments, devices: int = 1, cache: Path | None = None, **pipes) -> subprocess.Popen:
+  """Starts launch/SCRIPT.py with so many emulated devices. XLA compiles without optimizing, which is much faster.
+
+  cache: a directory of compiled programs, that runs of one test share; None = each compiles.
+  """
   environment = {
     **os.environ,
     'PYTHONPATH': os.pathsep.join([str(REPOSITORY), str(REPOSITORY / 'tests')]),
     'JAX_PLATFORMS': 'cpu',
-    'JAX_ENABLE_COMPILATION_CACHE': 'false',
+    'JAX_ENABLE_COMPILATION_CACHE': 'true' if cache else 'false',
+    **({'JAX_COMPILATION_CACHE_DIR': str(cache)} if cache else {}),
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
   }
   program = [sys.executable, str(REPOSITORY / 'launch' / f'{script}.py'), *map(str, arguments)]
@@ -111,13 +115,14 @@ def command(script: str, *arguments, devices: int = 1, **pipes) -> subprocess.Po
   return subprocess.Popen(program, cwd=REPOSITORY, env=environment, text=True, **{**defaults, **pipes})
 
 
-def start_training(dataset: Path, workdir: Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
+def start_training(
+  dataset: Path, workdir: Path, *overrides: str, devices: int = 1, cache: Path | None = None
+) -> subprocess.Popen:
   """launch/train.py; what it prints goes to the file `workdir`.log."""
   with workdir.with_suffix('.log').open('a') as log:
     config = f'--config={Path(__file__).relative_to(REPOSITORY)}:{dataset}'
-    return command(
-      'train', config, f'--workdir={workdir}', *overrides, devices=devices, stdout=log, stderr=subprocess.STDOUT
-    )
+    words = config, f'--workdir={workdir}', *overrides
+    return command('train', *words, devices=devices, cache=cache, stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> Path:

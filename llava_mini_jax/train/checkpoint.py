@@ -1,124 +1,156 @@
-"""Checkpoints on disk, through Orbax v1; the only file that knows Orbax.
+"""Checkpoints on disk: a run's saves, in the background, each of which counts when it was read back.
 
-A checkpoint holds the training state (step, parameters, optimizer) and a JSON
-`meta`: the data position and the experiment's config. Restoring goes straight
-to the shardings of the mesh at hand, whichever mesh wrote it.
+A checkpoint holds the training state (step, parameters, optimizer) and a JSON `meta`: the data position and the
+experiment's config; `record` adds fingerprints of all of it. Reading is in `stored`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import logging
 import os
-from collections.abc import Mapping
-from pathlib import Path
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from llava_mini_jax.train.errors import CheckpointError, mismatches
-from llava_mini_jax.train.tree import flatten, unflatten
+from llava_mini_jax.distributed import as_first, first_fault, is_writer, meet
+from llava_mini_jax.train.errors import CheckpointError, DamagedError
+from llava_mini_jax.train.record import Record, by_path, record_of
+from llava_mini_jax.train.retention import preserved
+from llava_mini_jax.train.stored import StoredCheckpoints, only, reason
 
-_POLICY = ocp.training.save_decision_policies
-_KEEP = ocp.training.preservation_policies
+logger = logging.getLogger(__name__)
+
+MOVED = 'damaged-'  # and the step: a damaged checkpoint out of the way
+_TOGETHER = 2**26  # bytes of small leaves that are read back at once; a larger one is read alone
 
 
-class Checkpoints:
+@dataclasses.dataclass
+class _Save:
+  """One that was begun."""
+
+  step: int
+  abstract: Any
+  record: Record
+  fault: str = ''
+
+
+class Checkpoints(StoredCheckpoints):
   """The checkpoints of one run.
 
   Args:
-    keep: for the run that writes them: how many of the newest stay; unfinished saves of a killed run are cleared away.
-      None = a reader, which deletes nothing.
+    keep: for the run that writes them: how many of the newest stay, of verified ones 2 at the least; unfinished saves
+      of a killed run are cleared away. None = nothing is deleted.
+    verify: a save counts when it was read back from disk and is what was saved.
+    failed_saves: so many in a row raise CheckpointError; fewer are warned of.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int | None = None):
-    self.directory = Path(directory).absolute()
-    self._checkpointer = ocp.training.Checkpointer(
-      self.directory,
-      save_decision_policy=_POLICY.FixedIntervalPolicy(1),
-      preservation_policy=_KEEP.LatestN(keep),
-      cleanup_tmp_directories=keep is not None,
-    )
-
-  @property
-  def latest_step(self) -> int | None:
-    latest = self._checkpointer.latest
-    return None if latest is None else latest.step
+  def __init__(
+    self, directory: str | os.PathLike, *, keep: int | None = None, verify: bool = True, failed_saves: int = 3
+  ):
+    super().__init__(directory)
+    self._keep, self._verify, self._limit = keep, verify, failed_saves
+    self._checkpointer: ocp.training.Checkpointer | None = None
+    self._begun: _Save | None = None
+    self._failures = 0
+    self.notes: list[str] = []  # what was warned of
 
   def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Writes in the background; the state may be donated at once."""
-    self._checkpointer.save_checkpointables_async(step, {'state': state}, custom_metadata=meta)
-
-  def restore(self, abstract: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state, in the shardings of `abstract`, and the meta.
+    """Writes in the background; the state may be donated at once. Every process of a run calls it.
 
     Raises:
-      CheckpointError: no such step, a damaged one, or leaves that are missing, unexpected, misshaped or of another
-        dtype.
+      CheckpointError: the save before this one was the last of too many that failed; see `wait`.
     """
-    step = self.require(step)
-    meta = self.meta(step)
-    with self._naming(step):
-      self._compare(abstract, step)
-      return self._checkpointer.load_checkpointables(step, {'state': abstract})['state'], meta
-
-  def stored_parameters(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter that is there, trained or frozen, by path; reads none of them.
-
-    Raises:
-      CheckpointError: no such step, or a damaged one.
-    """
-    step = self.require(step)
-    with self._naming(step):
-      parts = self._parts(step)
-    return {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for part in parts.values() for p, x in part.items()}
-
-  def restore_parameters(
-    self, shardings: Mapping[str, jax.sharding.Sharding], step: int | None = None
-  ) -> dict[str, jax.Array]:
-    """Some parameters by path; what is not asked for is not read.
-
-    Args:
-      shardings: of the parameters wanted, by path.
-    Raises:
-      CheckpointError: no such step, a damaged one, or one without a parameter that is wanted.
-    """
-    step = self.require(step)
-    with self._naming(step):
-      abstract, there = {}, self._parts(step)
-      for name, part in there.items():
-        here = shardings.keys() & part.keys()
-        wanted = {p: jax.ShapeDtypeStruct(part[p].shape, part[p].dtype, sharding=shardings[p]) for p in here}
-        abstract |= {name: unflatten(wanted)} if wanted else {}
-      if missing := sorted(shardings.keys() - {path for part in there.values() for path in part}):
-        raise CheckpointError(f'{self.directory}/{step}: missing {missing}')
-      if not abstract:
-        return {}
-      context = ocp.Context()
-      context.pytree.loading.partial_load = True
-      with context:
-        loaded = ocp.load(self.directory / str(step), abstract, checkpointable_name='state')
-    return {path: leaf for part in loaded.values() for path, leaf in flatten(part).items()}
-
-  def _parts(self, step: int) -> dict[str, dict[str, Any]]:
-    stored = self._checkpointer.checkpointables_metadata(step).metadata['state']
-    return {name: flatten(stored[name]) for name in ('params', 'frozen') if name in stored}
-
-  def meta(self, step: int | None = None) -> dict[str, Any]:
-    """The meta alone. Raises CheckpointError if there is no such step, or its meta cannot be read."""
-    step = self.require(step)
-    with self._naming(step):
-      meta = self._checkpointer.checkpointables_metadata(step).custom_metadata
-    if not meta:  # Orbax only logs that the file is missing or broken
-      raise CheckpointError(f'{self.directory}/{step} is damaged: its metadata is missing or cannot be parsed')
-    return meta
+    self.wait()
+    begun = time.perf_counter()
+    record = record_of(state, meta)
+    summed = time.perf_counter()
+    if step in self.steps:
+      raise CheckpointError(f'{self.directory}/{step}: expected none, for it is to be written; found one')
+    self._begun = _Save(step, _abstract(state), record)
+    try:
+      self._writer().save_checkpointables_async(step, {'state': state}, custom_metadata=record.stored(step))
+    except Exception as error:  # a full disk; the next save may find room
+      self._begun.fault = reason(error)
+    now = time.perf_counter()
+    logger.info('checkpoint %d: %.3f s blocked, %.3f s of them for fingerprints', step, now - begun, summed - begun)
 
   def wait(self) -> None:
-    """Until everything is written; raises what a background write raised."""
-    self._checkpointer.wait()
+    """Until what was begun is on disk, and read back. One that failed is told, moved aside, and not counted.
+
+    Raises:
+      CheckpointError: `failed_saves` in a row have failed.
+    """
+    save, self._begun = self._begun, None
+    if save is None:
+      return
+    try:
+      self._writer().wait()
+    except Exception as error:
+      save.fault = save.fault or reason(error)
+    fault, begun = first_fault(save.fault), time.perf_counter()
+    if not fault and self._verify:
+      try:
+        self._read_back(save)
+      except DamagedError as error:  # on all processes alike
+        fault = str(error)
+    if fault:
+      self._failed(save.step, fault)
+      return
+    self._failures = 0
+    if self._verify:
+      self.verified.add(save.step)
+      logger.info('checkpoint %d: verified in %.3f s', save.step, time.perf_counter() - begun)
+
+  def save_last(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Saves, and returns when the checkpoint counts; tries again while it may. Then deletes what need not stay.
+
+    Raises:
+      CheckpointError: `failed_saves` in a row have failed.
+    """
+    saved = False
+    while not saved:
+      self.save(step, state, meta)
+      self.wait()
+      saved = not self._failures
+    for old in self._superfluous(self.steps):
+      self._writer().delete(old)
+
+  def move_aside(self, steps: list[int]) -> list[str]:
+    """Renames their directories to `damaged-STEP`, out of the way of later saves; the new names."""
+    names = []
+    for step in steps:
+      name = f'{MOVED}{step}'
+      while (self.directory / name).exists():
+        name += '-again'
+      names.append(name)
+    meet('names of damaged checkpoints')
+    if is_writer():
+      for step, name in zip(steps, names, strict=True):
+        (self.directory / str(step)).rename(self.directory / name)
+    meet('damaged checkpoints moved')
+    self.close()
+    return names
+
+  def warn(self, note: str) -> None:
+    self.notes.append(note)
+    logger.warning('%s', note)
+    if is_writer():
+      print(f'warning: {note}', file=sys.stderr, flush=True)
 
   def close(self) -> None:
-    self._checkpointer.close()
+    """Waits for what is being written. What fails then is told, and not raised: `wait` is for who wants to know."""
+    checkpointer, self._checkpointer = self._checkpointer, None
+    if checkpointer is None:
+      return
+    try:
+      checkpointer.close()
+    except Exception as error:
+      logger.warning('%s: while it was closed: %s', self.directory, reason(error))
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -126,39 +158,68 @@ class Checkpoints:
   def __exit__(self, *_) -> None:
     self.close()
 
-  def require(self, step: int | None = None) -> int:
-    """`step`, or the newest one. Raises CheckpointError if there is no such step."""
-    steps = [c.step for c in self._checkpointer.checkpoints]
-    if not steps or (step is not None and step not in steps):
-      wanted = '' if step is None else f' of step {step}'
-      raise CheckpointError(f'no checkpoint{wanted} in {self.directory} (steps there: {steps or "none"})')
-    return steps[-1] if step is None else step
+  def _writer(self) -> ocp.training.Checkpointer:
+    """Made when it is needed: it lists the directory once and for all."""
+    if self._checkpointer is None:
+      self._checkpointer = ocp.training.Checkpointer(
+        self.directory,
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=_Preserved(self),
+        cleanup_tmp_directories=self._keep is not None,
+      )
+    return self._checkpointer
 
-  @contextlib.contextmanager
-  def _naming(self, step: int):
-    """What Orbax raises of files that are missing or cut short says neither which checkpoint nor that it is damaged."""
-    try:
-      yield
-    except (KeyError, TypeError, ValueError, OSError) as error:
-      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-      raise CheckpointError(f'{self.directory}/{step} is damaged: {reason}') from error
+  def _read_back(self, save: _Save) -> None:
+    """A few leaves at a time, in their own shardings."""
+    if self._record(save.step).checksum(save.step) != save.record.checksum(save.step):
+      raise DamagedError(f'{self.directory}/{save.step} is damaged: its metadata are not what was saved')
+    for paths in _groups(save.abstract):
+      self._read(save.step, only(save.abstract, paths), save.record, partial=True)
 
-  def _compare(self, abstract: dict[str, Any], step: int) -> None:
-    """Orbax casts dtypes silently and reports one kind of mismatch at a time; list them all."""
-    stored = self._checkpointer.checkpointables_metadata(step).metadata['state']
-    faults = mismatches(_described(abstract), _described(stored))
-    if faults:
-      raise CheckpointError(f'{self.directory}/{step} does not fit this run:\n  ' + '\n  '.join(faults))
+  def _failed(self, step: int, fault: str) -> None:
+    self._failures += 1
+    self.close()  # a new writer knows nothing of it
+    there = as_first([step in self.steps])[0]
+    aside = f'; moved aside: {self.move_aside([step])[0]}' if there else ''
+    self.warn(f'{self.directory}/{step} was not saved ({self._failures} of {self._limit} in a row): {fault}{aside}')
+    if self._failures >= self._limit:
+      raise CheckpointError(
+        f'{self.directory}: {self._failures} saves in a row failed, the last one of step {step}: {fault}'
+      )
+
+  def _superfluous(self, steps: Sequence[int]) -> list[int]:
+    stay = preserved(steps, self._keep, self.verified if self._verify else None)
+    return [step for step, kept in zip(steps, stay, strict=True) if not kept]
 
 
-def _described(tree: Any) -> dict[str, str]:
-  """dtype[shape] of leaves by path; named tuples, lists and dicts look alike on disk."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {'/'.join(_key(entry) for entry in path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in flat}
+@dataclasses.dataclass(frozen=True)
+class _Preserved:
+  """What Orbax asks when a save has begun; it deletes when the save has ended well."""
+
+  checkpoints: Checkpoints
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: ocp.training.preservation_policies.PreservationContext
+  ) -> Sequence[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    superfluous = self.checkpoints._superfluous(steps)
+    return [step not in superfluous for step in steps]
 
 
-def _key(entry: Any) -> str:
-  for attribute in ('key', 'name', 'idx'):
-    if hasattr(entry, attribute):
-      return str(getattr(entry, attribute))
-  return str(entry)
+def _abstract(state: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _groups(abstract: Any) -> Iterator[set[str]]:
+  """Paths of leaves that are together no more than `_TOGETHER`, or of one."""
+  group, size = set(), 0
+  for path, leaf in by_path(abstract).items():
+    nbytes = leaf.size * leaf.dtype.itemsize
+    if group and size + nbytes > _TOGETHER:
+      yield group
+      group, size = set(), 0
+    group.add(path)
+    size += nbytes
+  if group:
+    yield group

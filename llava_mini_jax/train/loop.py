@@ -30,12 +30,15 @@ from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, proc
 from llava_mini_jax.train import goodput
 from llava_mini_jax.train.bad_samples import BadSamples
 from llava_mini_jax.train.checkpoint import Checkpoints
+from llava_mini_jax.train.errors import Preempted
+from llava_mini_jax.train.fallback import newest_whole
 from llava_mini_jax.train.features import check_experiment, check_tower
 from llava_mini_jax.train.goodput import Goodput
 from llava_mini_jax.train.guard import Skips
 from llava_mini_jax.train.lock import only_trainer
 from llava_mini_jax.train.metrics import LOG_NAME, MetricsLog
 from llava_mini_jax.train.plots import training_curves
+from llava_mini_jax.train.preemption import Preemption
 from llava_mini_jax.train.profile import StepProfile
 from llava_mini_jax.train.run_log import run_log
 from llava_mini_jax.train.start import check_start, initial_state, resumed_state, trainer_for
@@ -52,6 +55,7 @@ def train(
   *,
   profile_steps: range | None = None,
   allowed: Sequence[str] = (),
+  fallback: bool = True,
   began: float | None = None,
 ) -> dict[str, float]:
   """Trains to the end, or on from the last checkpoint in `workdir`. Every process of a run calls it.
@@ -61,6 +65,7 @@ def train(
 
   Args:
     allowed: what may differ from the run that is resumed, as `differences` names it; all of it has to.
+    fallback: whether it may go on from an older checkpoint if the newest is damaged.
     began: `time.perf_counter()` that the time of the run counts from; None = now.
   Returns:
     The last step's metrics.
@@ -68,6 +73,7 @@ def train(
     ConfigError, MeshError, DataError, CheckpointError: before anything is compiled, where that is possible.
     ConfigError also if the run in `workdir` is another one: the message lists what differs.
     TrainingError: `train.max_skipped` steps skipped in a row; another trainer has the workdir.
+    Preempted: the process is to end (`preemption`), and the state is saved.
     DataError: E_BAD_SAMPLES if more are masked than `data.bad_sample_share`.
   """
   config, began = experiment.train, time.perf_counter() if began is None else began
@@ -95,17 +101,17 @@ def train(
   check_start(experiment, trainer)
   check_experiment(experiment, trainer)
   workdir.mkdir(parents=True, exist_ok=True)
+  options = dict(keep=config.keep, verify=config.verify_saves, failed_saves=config.failed_saves)
   with (
     only_trainer(workdir),
     use_mesh(mesh),
-    Checkpoints(workdir / 'checkpoints', keep=config.keep) as checkpoints,
+    Checkpoints(workdir / 'checkpoints', **options) as checkpoints,
     contextlib.closing(batches),
     contextlib.closing(Goodput(began)) as clock,
   ):
     meta = _meta(experiment, inputs, total)
-    accepted = _compare(experiment, checkpoints, meta, allowed)
     with clock.of('restore'):
-      state, start, kept = _start(experiment, trainer, checkpoints, batches)
+      state, start, kept, accepted = _start(experiment, trainer, checkpoints, batches, meta, allowed, fallback)
     meta |= kept
     samples = inputs.samples(order, total * config.batch_size)
     bad = BadSamples(experiment.data.bad_sample_share, samples, meta.get('bad_samples', 0))
@@ -113,6 +119,8 @@ def train(
     profile = StepProfile(workdir, profile_steps, start=start, total=total)
     with run_log(workdir) as log, contextlib.closing(profile):  # a run that is refused leaves the log as it was
       described = '\n'.join([*accepted, _describe(experiment, trainer, inputs, order, start, total)])
+      for note in checkpoints.notes:
+        log.warning(note)
       log.info(described)
       if is_writer():
         (workdir / 'config.json').write_text(json.dumps(experiment.to_dict(), indent=2) + '\n')
@@ -148,6 +156,7 @@ def _steps(
   config, total = experiment.train, steps.stop - 1
   throughput = Throughput(experiment.model, trainer)
   skips = Skips(config.max_skipped, before=int(state['guard']['consecutive']))
+  preemption = Preemption()
   pending, last, waited = [], {}, 0.0
   log = MetricsLog(workdir, start_step=steps.start - 1, total_steps=total, silent=not is_writer())
   with log, clock.of('step'):
@@ -161,7 +170,8 @@ def _steps(
         state, metrics = trainer.step(state, batch)
       profile.done(step, metrics)
       pending.append((step, metrics))
-      save = step % config.save_every == 0 or step == total
+      stop = preemption.reached()
+      save = step % config.save_every == 0 or step == total or stop
       # Metrics go to disk before the checkpoint that covers them, so a kill in between loses no line of the curve.
       if save or step % config.log_every == 0:
         for at, values in jax.device_get(pending):
@@ -176,17 +186,19 @@ def _steps(
       if save:
         kept = dict(data=batches.get_state(), bad_samples=bad.found)
         with clock.of('save'):
-          checkpoints.save(step, saved_part(trainer, state), meta | kept)
-    with clock.of('save'):
-      checkpoints.wait()
+          put = checkpoints.save_last if step == total or stop else checkpoints.save
+          put(step, saved_part(trainer, state), meta | kept)
+      if stop and step < total:
+        clock.write(step)
+        raise Preempted(f'step {step} of {total} is saved in {checkpoints.directory}')
   return last
 
 
 def _compare(
-  experiment: Experiment, checkpoints: Checkpoints, meta: dict[str, Any], allowed: Sequence[str]
+  experiment: Experiment, checkpoints: Checkpoints, step: int | None, meta: dict[str, Any], allowed: Sequence[str]
 ) -> list[str]:
   """Raises ConfigError unless the run that is resumed is this one; what differs and is allowed to, in words."""
-  step, changed = checkpoints.latest_step, {}
+  changed = {}
   if step is not None:
     stored = checkpoints.meta(step)
     # Fields that there were none of when it was saved have the value that changes nothing.
@@ -203,22 +215,36 @@ def _compare(
 
 
 def _start(
-  experiment: Experiment, trainer: Trainer, checkpoints: Checkpoints, batches: DeviceBatches
-) -> tuple[State, int, dict[str, Any]]:
-  """The state to go on from, with the data moved to the same place; its step; what its checkpoints keep besides."""
-  step = checkpoints.latest_step
-  if step is None:
+  experiment: Experiment,
+  trainer: Trainer,
+  checkpoints: Checkpoints,
+  batches: DeviceBatches,
+  meta: dict[str, Any],
+  allowed: Sequence[str],
+  fallback: bool,
+) -> tuple[State, int, dict[str, Any], list[str]]:
+  """The state to go on from, with the data moved to the same place; its step; what its checkpoints keep besides; what
+  differs from the run that is resumed, and may.
+  """
+
+  def read(step: int) -> tuple[State, int, dict[str, Any], list[str]]:
+    accepted = _compare(experiment, checkpoints, step, meta, allowed)
+    state, stored = resumed_state(experiment, trainer, checkpoints, step)
+    batches.set_state(stored['data'])
+    base = {'base': stored['base'] | dict(run=experiment.train.init_from)} if trainer.lora else {}
+    return state, step, base | dict(bad_samples=stored.get('bad_samples', 0)), accepted
+
+  found = newest_whole(checkpoints, read, fallback=fallback)
+  if found is None:
+    _compare(experiment, checkpoints, None, meta, allowed)
     state, base = initial_state(experiment, trainer)
-    return state, 0, base
-  state, stored = resumed_state(experiment, trainer, checkpoints, step)
-  batches.set_state(stored['data'])
-  base = {'base': stored['base'] | dict(run=experiment.train.init_from)} if trainer.lora else {}
-  return state, step, base | dict(bad_samples=stored.get('bad_samples', 0))
+    found = state, 0, base, []
+  return found
 
 
 # What a run may go on with as it likes: it changes no number, or is checked by what the path leads to.
 _FREE = re.compile(
-  r'config\.(train\.(log_every|save_every|keep|max_skipped|mesh|slices|accumulate)|'
+  r'config\.(train\.(log_every|save_every|keep|verify_saves|failed_saves|max_skipped|mesh|slices|accumulate)|'
   r'data\.(workers|dataset|tokenizer|template|features|bad_sample)|'
   r'model\.(scan\..*|visual_chunk)).*'
 )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from llava_mini_jax.train.errors import Preempted
+
 PACKAGE = logging.getLogger('llava_mini_jax')
 _FORMAT = '%(asctime)s %(levelname)s %(name)s: %(message)s'
 
@@ -36,6 +38,9 @@ def run_log(workdir: Path) -> Iterator[logging.Logger]:
       jax.__version__, devices,
     )  # fmt: skip
     yield PACKAGE
+  except Preempted as error:
+    PACKAGE.info('preempted: %s', error)
+    raise
   except BaseException:
     PACKAGE.exception('ended early')
     raise

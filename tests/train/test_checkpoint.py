@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from damage import largest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_mini_jax.sharding import make_mesh
@@ -244,21 +245,77 @@ def test_meta_round_trip(tmp_path):
     assert checkpoints.meta() == dict(data=2)
 
 
-def test_the_newest_are_kept(tmp_path):
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+def kept(directory) -> list[int]:
+  return sorted(int(path.name) for path in directory.iterdir())
+
+
+@pytest.mark.parametrize('verify', [True, False])
+def test_the_newest_are_kept(tmp_path, verify):
+  with Checkpoints(tmp_path, keep=2, verify=verify) as checkpoints:
     assert checkpoints.latest_step is None
-    for step in (1, 2, 5, 9):
+    for step in (1, 2, 5):
       checkpoints.save(step, {'a': jnp.full(1, step)}, {'step': step})
     checkpoints.wait()
-    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [5, 9]
+    assert kept(tmp_path) == ([1, 2, 5] if verify else [2, 5])  # 1 and 2 were the verified ones when 5 was begun
+    checkpoints.save_last(9, {'a': jnp.full(1, 9)}, {'step': 9})
+    assert kept(tmp_path) == [5, 9]
     assert checkpoints.latest_step == 9
-  with Checkpoints(tmp_path, keep=3) as checkpoints:  # a resumed run counts those of the run before
+  with Checkpoints(tmp_path, keep=3, verify=verify) as checkpoints:  # a resumed run counts those of the run before
+    state, meta = checkpoints.restore(abstract({'a': jnp.ones(1, jnp.int32)}), 9)
     for step in (10, 11):
       checkpoints.save(step, {'a': jnp.full(1, step)}, {'step': step})
     checkpoints.wait()
-    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [9, 10, 11]
-    state, meta = checkpoints.restore(abstract({'a': jnp.ones(1, jnp.int32)}), 9)
+    assert kept(tmp_path) == [9, 10, 11]
   assert (int(state['a'][0]), meta) == (9, {'step': 9})
+
+
+@pytest.mark.parametrize('keep', [1, 2, 3])
+def test_never_fewer_than_two_verified(tmp_path, keep):
+  """Whatever happens to the saves between: those that are damaged on their way to disk do not push out whole ones."""
+  bad, order = {4, 5, 6, 9}, []
+  with Damaging(tmp_path, bad, keep=keep, failed_saves=9) as checkpoints:
+    for step in range(1, 12):
+      checkpoints.save(step, random_state(step), {'step': step})
+      checkpoints.wait()
+      order.append({int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()} - bad)
+    assert all(len(steps) >= min(2, n) for n, steps in enumerate(order, 1)), order
+    assert {path.name for path in tmp_path.iterdir() if not path.name.isdigit()} == {f'damaged-{n}' for n in bad}
+    assert len(order[-1]) <= max(keep, 2) + 1
+    assert [note.split(': ')[0] for note in checkpoints.notes] == [
+      f'{tmp_path}/{step} was not saved ({count} of 9 in a row)' for step, count in ((4, 1), (5, 2), (6, 3), (9, 1))
+    ]
+    assert all(
+      'is damaged: ' in note and note.endswith(f'aside: damaged-{n}')
+      for note, n in zip(checkpoints.notes, (4, 5, 6, 9), strict=True)
+    )
+
+
+def random_state(seed: int) -> dict:
+  return {'a': jnp.asarray(np.random.default_rng(seed).normal(size=1000).astype(np.float32))}
+
+
+class Damaging(Checkpoints):
+  """A bit of these steps flips between the writing and the reading."""
+
+  def __init__(self, directory, steps, **options):
+    super().__init__(directory, **options)
+    self._flipped = steps
+
+  def _read_back(self, save):
+    if save.step in self._flipped:
+      path = largest(self.directory / str(save.step) / 'state' / 'ocdbt.process_0')
+      data = bytearray(path.read_bytes())
+      data[len(data) // 2] ^= 4
+      path.write_bytes(data)
+    super()._read_back(save)
+
+
+def test_too_many_saves_that_fail(tmp_path):
+  with Damaging(tmp_path, {1, 3, 4}, keep=1, failed_saves=2) as checkpoints:
+    for step in (1, 2, 3, 4):
+      checkpoints.save(step, random_state(step), {})
+    with pytest.raises(CheckpointError, match=f'^{tmp_path}: 2 saves in a row failed, the last one of step 4: '):
+      checkpoints.wait()
 
 
 def unfinished(directory):
