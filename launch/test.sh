@@ -10,5 +10,5 @@ python="${PYTHON:-python3}"
 .venv-test/bin/pip install --quiet --disable-pip-version-check -e '.[test]'
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
-if [ $# -eq 0 ]; then set -- -m 'not slow'; fi
+if [ $# -eq 0 ]; then set -- -m 'not slow and not soak'; fi
 exec .venv-test/bin/python -m pytest -n auto --dist loadfile "$@"

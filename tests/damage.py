@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 
@@ -16,3 +17,17 @@ def largest(directory: Path) -> Path:
 
 def snapshot(directory: Path) -> dict[str, bytes]:
   return {str(path.relative_to(directory)): path.read_bytes() for path in files(directory)}
+
+
+def flip_bit(path: Path, rng: random.Random) -> None:
+  data = bytearray(path.read_bytes())
+  bit = rng.randrange(8 * len(data))
+  data[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(data)
+
+
+DAMAGES = {
+  'deleted': Path.unlink,
+  'cut short': lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+  'zeroed': lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}

@@ -5,17 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from faulty_run import FAULTS
-from tiny_run import REPOSITORY, make_dataset
+from processes import start_processes
+from tiny_run import make_dataset
 
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.lock import only_trainer
@@ -43,30 +40,7 @@ class Run:
 
 def start(program: list, count: int, devices: int, *, ends_well: bool = True) -> list[str]:
   """Runs it as so many processes of so many devices each; what each of them printed."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  environment = {
-    **os.environ,
-    'PYTHONPATH': os.pathsep.join([str(REPOSITORY), str(REPOSITORY / 'tests')]),
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_ENABLE_COMPILATION_CACHE': 'false',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
-  }
-  started = []
-  for index in range(count):
-    flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={index}']
-    words = [str(word).format(process=index) for word in program] + (flags if count > 1 else [])
-    started.append(
-      subprocess.Popen(
-        [sys.executable, *words],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-      )
-    )
+  started = start_processes(program, count, devices)
   printed = [process.communicate()[0] for process in started]
   assert [process.returncode == 0 for process in started] == [ends_well] * count, '\n'.join(printed)
   return printed

@@ -26,6 +26,7 @@ SHORT = dict(max_steps=STEPS, save_every=EVERY)
 FLAGS = [f'--config.train.{name}={value}' for name, value in SHORT.items()]
 EXACT = ('step', 'loss', 'accuracy', 'target_tokens', 'grad_norm', 'learning_rate')
 PREEMPTED = 75  # EX_TEMPFAIL
+LIMIT = 60  # seconds; the soak test, alone on its machine, holds it to 10
 
 
 def curve(workdir: Path) -> list[dict]:
@@ -166,7 +167,7 @@ def test_told_to_end_and_started_again(whole, base, cache, tmp_path):
   process.send_signal(signal.SIGTERM)
   process.send_signal(signal.SIGTERM)
   assert process.wait() == PREEMPTED, printed(workdir)
-  assert time.monotonic() - begun < 10
+  assert time.monotonic() - begun < LIMIT
   (step,) = map(int, kept(workdir))
   assert LOG_EVERY <= step < STEPS
   assert [row['step'] for row in curve(workdir)] == list(range(1, step + 1))
