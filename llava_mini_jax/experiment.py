@@ -122,7 +122,8 @@ class TrainConfig:
   failed_saves: int = 3  # in a row, that end the run
 
   def __post_init__(self):
-    for field in ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep', 'slices', 'max_skipped', 'failed_saves'):
+    counts = ('batch_size', 'accumulate', 'log_every', 'save_every', 'keep', 'failed_saves', 'slices', 'max_skipped')
+    for field in counts:
       if getattr(self, field) < 1:
         raise ConfigError(f'TrainConfig.{field}: expected a positive integer; found {getattr(self, field)}')
     for field, top in (('warmup_ratio', 1.0), ('beta1', 1.0), ('beta2', 1.0)):
