@@ -45,6 +45,7 @@ def start_processes(
         stdout=out,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # so that it can be killed with its workers
       )
     )
     if log:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -50,6 +53,15 @@ class _Sample:
   alone: list[Encoded]  # each question by itself, if they are to be laid side by side
 
 
+def _in_a_worker(transform: type[RowTransform], *fields) -> RowTransform:
+  """A scheduler that ends a run sends SIGTERM to its workers too, whose batches it needs to come to a checkpoint: the
+  first one is left alone. The second ends a worker, for that is what Python sends to those that are left over.
+  """
+  if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+  return transform(*fields)
+
+
 @dataclasses.dataclass
 class RowTransform:
   """Index of a record, and random numbers -> a row. Travels to worker processes without what it remembers.
@@ -76,7 +88,7 @@ class RowTransform:
     self._room = CACHE_BYTES
 
   def __reduce__(self):
-    return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+    return _in_a_worker, (type(self), *(getattr(self, field.name) for field in dataclasses.fields(self)))
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """-> {tokens, targets, loss_mask, segment_ids, positions: [L], pixels: uint8[M V H W 3], fuse_index, fuse_mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -197,7 +198,7 @@ def test_r5_other_numbers_of_workers(dataset, tmp_path):
   for workers in (0, 2):
     life, before = run.start(f'--config.data.workers={workers}'), run.logged
     life.until(lambda at=before: run.logged >= at + 3)
-    life.processes[0].send_signal(signal.SIGTERM)
+    os.killpg(life.processes[0].pid, signal.SIGTERM)  # and to its workers, as some schedulers do
     assert life.statuses() == [PREEMPTED], life.printed
   run.finish('--config.data.workers=3')
   assert len({row for rows in reference.samples().values() for row in rows}) > 12  # augmented: not one per record
