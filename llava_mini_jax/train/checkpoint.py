@@ -59,14 +59,17 @@ class Checkpoints(StoredCheckpoints):
     self._failures = 0
     self.notes: list[str] = []  # what was warned of
 
-  def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+  def save(self, step: int, state: dict[str, Any], meta: dict[str, Any], *, hurry: bool = False) -> None:
     """Writes in the background; the state may be donated at once. Every process of a run calls it.
 
+    Args:
+      hurry: the save before this one is not read back.
     Raises:
       CheckpointError: the save before this one was the last of too many that failed; see `wait`.
     """
-    self.wait()
     begun = time.perf_counter()
+    self.wait(hurry=hurry)
+    waited = time.perf_counter()
     record = record_of(state, meta)
     summed = time.perf_counter()
     if step in self.steps:
@@ -76,12 +79,16 @@ class Checkpoints(StoredCheckpoints):
       self._writer().save_checkpointables_async(step, {'state': state}, custom_metadata=record.stored(step))
     except Exception as error:  # a full disk; the next save may find room
       self._begun.fault = reason(error)
-    now = time.perf_counter()
-    logger.info('checkpoint %d: %.3f s blocked, %.3f s of them for fingerprints', step, now - begun, summed - begun)
+    logger.info(
+      'checkpoint %d: %.3f s blocked: %.3f s by the one before, %.3f s by fingerprints, %.3f s by its own beginning',
+      step, time.perf_counter() - begun, waited - begun, summed - waited, time.perf_counter() - summed,
+    )  # fmt: skip
 
-  def wait(self) -> None:
+  def wait(self, *, hurry: bool = False) -> None:
     """Until what was begun is on disk, and read back. One that failed is told, moved aside, and not counted.
 
+    Args:
+      hurry: it is not read back, and never counts as verified.
     Raises:
       CheckpointError: `failed_saves` in a row have failed.
     """
@@ -89,11 +96,13 @@ class Checkpoints(StoredCheckpoints):
     if save is None:
       return
     try:
-      self._writer().wait()
+      if not save.fault:
+        self._writer().wait()
     except Exception as error:
-      save.fault = save.fault or reason(error)
+      save.fault = reason(error)
     fault, begun = first_fault(save.fault), time.perf_counter()
-    if not fault and self._verify:
+    verify = self._verify and not hurry
+    if not fault and verify:
       try:
         self._read_back(save)
       except DamagedError as error:  # on all processes alike
@@ -102,22 +111,25 @@ class Checkpoints(StoredCheckpoints):
       self._failed(save.step, fault)
       return
     self._failures = 0
-    if self._verify:
+    if verify:
       self.verified.add(save.step)
       logger.info('checkpoint %d: verified in %.3f s', save.step, time.perf_counter() - begun)
 
-  def save_last(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Saves, and returns when the checkpoint counts; tries again while it may. Then deletes what need not stay.
+  def save_last(self, step: int, state: dict[str, Any], meta: dict[str, Any], *, hurry: bool = False) -> None:
+    """Saves, and returns when the checkpoint is on disk and read back; tries again while it may. Then deletes what need
+    not stay.
 
+    Args:
+      hurry: nothing is read back or deleted: whoever restores it verifies it.
     Raises:
       CheckpointError: `failed_saves` in a row have failed.
     """
     saved = False
     while not saved:
-      self.save(step, state, meta)
-      self.wait()
+      self.save(step, state, meta, hurry=hurry)
+      self.wait(hurry=hurry)
       saved = not self._failures
-    for old in self._superfluous(self.steps):
+    for old in () if hurry else self._superfluous(self.steps):
       self._writer().delete(old)
 
   def move_aside(self, steps: list[int]) -> list[str]:

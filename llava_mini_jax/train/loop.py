@@ -187,7 +187,7 @@ def _steps(
         kept = dict(data=batches.get_state(), bad_samples=bad.found)
         with clock.of('save'):
           put = checkpoints.save_last if step == total or stop else checkpoints.save
-          put(step, saved_part(trainer, state), meta | kept)
+          put(step, saved_part(trainer, state), meta | kept, hurry=stop)
       if stop and step < total:
         clock.write(step)
         raise Preempted(f'step {step} of {total} is saved in {checkpoints.directory}')
