@@ -220,7 +220,7 @@ class _Preserved:
 
 
 def _abstract(state: Any) -> Any:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), state)
 
 
 def _groups(abstract: Any) -> Iterator[set[str]]:
