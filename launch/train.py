@@ -18,6 +18,7 @@ from llava_mini_jax.cli import define_process_flags, launch
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.train.goodput import process_age
 from llava_mini_jax.train.loop import train
+from llava_mini_jax.train.preemption import Preemption
 from llava_mini_jax.train.profile import parse_steps
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Experiment: FILE.py or FILE.py:arguments.')
@@ -37,8 +38,9 @@ def main(_) -> None:
   began = time.perf_counter() - process_age()
   experiment, steps = Experiment.from_dict(_CONFIG.value), parse_steps(_PROFILE.value)
   changes = dict(allowed=_ALLOWED.value, fallback=_FALLBACK.value)
-  train(experiment, Path(_WORKDIR.value), profile_steps=steps, began=began, **changes)
+  with Preemption() as preemption:
+    train(experiment, Path(_WORKDIR.value), profile_steps=steps, began=began, preemption=preemption, **changes)
 
 
 if __name__ == '__main__':
-  launch(main, several=True, preemptible=True)
+  launch(main, several=True)

@@ -39,15 +39,14 @@ def launch(
   *,
   arguments: bool = False,
   several: bool = False,
-  preemptible: bool = False,
   keep: bool = True,
 ) -> None:
-  """Parses flags and runs `main`; the user's mistakes are printed as one message, bugs keep their traceback.
+  """Parses flags and runs `main`; the user's mistakes are printed as one message, bugs keep their traceback. A run that
+  was told to end and has saved (`Preempted`) ends with status 75, EX_TEMPFAIL of sysexits.h.
 
   Args:
     arguments: whether the command takes words besides its flags.
     several: whether it may be one of several processes; needs `define_process_flags`.
-    preemptible: whether it hears SIGTERM, saves and raises `Preempted`: status 75, EX_TEMPFAIL of sysexits.h.
     keep: whether compiled programs are kept (`compile_cache`); not where compiling is what is looked at.
   """
 
@@ -60,7 +59,7 @@ def launch(
     try:
       cluster = find_cluster(f.coordinator, f.num_processes, f.process_id) if several else SINGLE
       times = dict(timeout=f.start_timeout, heartbeat=f.heartbeat_timeout) if several else {}
-      with processes(cluster, preemptible=preemptible, **times):
+      with processes(cluster, **times):
         try:
           # CPUs of several processes are for tests: what was compiled for their devices is not tried for others.
           if keep and not (cluster.several and jax.default_backend() == 'cpu'):

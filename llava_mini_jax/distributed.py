@@ -1,8 +1,7 @@
 """How many processes a run has, and their meeting: the one place that starts `jax.distributed`.
 
 Enters: the flags --coordinator, --num_processes, --process_id, and the environment of the scheduler. Leaves: processes
-that see each other's devices, or a single one; if they train, they hear of a preemption. What JAX knows how to find
-(SLURM, GKE, TPU VM metadata) is left to it:
+that see each other's devices, or a single one. What JAX knows how to find (SLURM, GKE, TPU VM metadata) is left to it:
 https://docs.jax.dev/en/latest/multi_process.html
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import socket
 import sys
 import threading
 import traceback
@@ -163,9 +161,7 @@ def _is_tpu_chip(device: Path) -> bool:
 
 
 @contextlib.contextmanager
-def processes(
-  cluster: Cluster, *, timeout: int = TIMEOUT, heartbeat: int = HEARTBEAT, preemptible: bool = False
-) -> Iterator[None]:
+def processes(cluster: Cluster, *, timeout: int = TIMEOUT, heartbeat: int = HEARTBEAT) -> Iterator[None]:
   """Inside, `jax.devices()` are those of all processes; must be entered before JAX computes anything.
 
   If they have not met after `timeout` seconds, the process prints one line and ends with status 1. One that fails ends
@@ -173,16 +169,13 @@ def processes(
 
   Args:
     heartbeat: seconds without a sign of life after which a process counts as dead, and the others abort.
-    preemptible: whether SIGTERM, instead of killing, is told to who asks (`train.preemption`); a single process is then
-      one of a cluster too.
   Raises:
     ConfigError: JAX cannot find out who the processes are.
   """
-  jax.config.update('jax_enable_preemption_service', preemptible)
   if not cluster.several:
-    with _single() if preemptible else contextlib.nullcontext():
-      yield
+    yield
     return
+  jax.config.update('jax_enable_preemption_service', False)  # it keeps SIGTERM to itself; see `train.preemption`
   explicit = cluster.found_in == 'flags'
   # When a connection fails, the runtime aborts the process from C++ instead of raising, so ours has to be the first.
   timer = threading.Timer(timeout, _give_up, [cluster, timeout])
@@ -212,19 +205,6 @@ def processes(
     os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
   multihost_utils.sync_global_devices('end')  # the first process may still be drawing, longer than a shutdown waits
   jax.distributed.shutdown()
-
-
-@contextlib.contextmanager
-def _single() -> Iterator[None]:
-  """A cluster of this process, which nobody else can reach."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{free.getsockname()[1]}'
-  jax.distributed.initialize(address, 1, 0, cluster_detection_method='deactivate', coordinator_bind_address=address)
-  try:
-    yield
-  finally:
-    jax.distributed.shutdown()
 
 
 def _give_up(cluster: Cluster, timeout: int) -> None:

@@ -56,6 +56,7 @@ def train(
   profile_steps: range | None = None,
   allowed: Sequence[str] = (),
   fallback: bool = True,
+  preemption: Preemption | None = None,
   began: float | None = None,
 ) -> dict[str, float]:
   """Trains to the end, or on from the last checkpoint in `workdir`. Every process of a run calls it.
@@ -66,6 +67,7 @@ def train(
   Args:
     allowed: what may differ from the run that is resumed, as `differences` names it; all of it has to.
     fallback: whether it may go on from an older checkpoint if the newest is damaged.
+    preemption: who hears SIGTERM, at every step of a single process, and of several at those that are logged or saved.
     began: `time.perf_counter()` that the time of the run counts from; None = now.
   Returns:
     The last step's metrics.
@@ -73,7 +75,7 @@ def train(
     ConfigError, MeshError, DataError, CheckpointError: before anything is compiled, where that is possible.
     ConfigError also if the run in `workdir` is another one: the message lists what differs.
     TrainingError: `train.max_skipped` steps skipped in a row; another trainer has the workdir.
-    Preempted: the process is to end (`preemption`), and the state is saved.
+    Preempted: `preemption` heard that the run is to end; the state is saved.
     DataError: E_BAD_SAMPLES if more are masked than `data.bad_sample_share`.
   """
   config, began = experiment.train, time.perf_counter() if began is None else began
@@ -129,7 +131,9 @@ def train(
         clock.open(workdir, start)
       steps = range(start + 1, total + 1)
       clock.switch('other')
-      last = _steps(experiment, workdir, trainer, state, batches, checkpoints, meta, bad, profile, clock, steps)
+      last = _steps(
+        experiment, workdir, trainer, state, batches, checkpoints, meta, bad, profile, clock, steps, preemption
+      )
       if is_writer():
         training_curves(workdir / LOG_NAME, workdir / 'curves.png')
         spent = goodput.describe(clock.write(total))
@@ -151,12 +155,12 @@ def _steps(
   profile: StepProfile,
   clock: Goodput,
   steps: range,
+  preemption: Preemption | None,
 ) -> dict[str, float]:
   """From a state to the end of the run; returns the last step's metrics. The state is donated."""
   config, total = experiment.train, steps.stop - 1
   throughput = Throughput(experiment.model, trainer)
   skips = Skips(config.max_skipped, before=int(state['guard']['consecutive']))
-  preemption = Preemption()
   pending, last, waited = [], {}, 0.0
   log = MetricsLog(workdir, start_step=steps.start - 1, total_steps=total, silent=not is_writer())
   with log, clock.of('step'):
@@ -170,8 +174,10 @@ def _steps(
         state, metrics = trainer.step(state, batch)
       profile.done(step, metrics)
       pending.append((step, metrics))
-      stop = preemption.reached()
-      save = step % config.save_every == 0 or step == total or stop
+      save = step % config.save_every == 0 or step == total
+      meeting = save or step % config.log_every == 0 or jax.process_count() == 1
+      stop = preemption is not None and meeting and preemption.reached()
+      save |= stop
       # Metrics go to disk before the checkpoint that covers them, so a kill in between loses no line of the curve.
       if save or step % config.log_every == 0:
         for at, values in jax.device_get(pending):

@@ -1,23 +1,35 @@
 """Whether the run is to end: SIGTERM, which schedulers send before they take a machine away.
 
-JAX's preemption service hears the signal on any process, and lets all of them stop after the same step
-(`jax.experimental.multihost_utils.reached_preemption_sync_point`). It runs where `distributed.processes` has started
-`jax.distributed`, as `launch/train.py` does also for one process; elsewhere nothing changes what a signal does.
+JAX has a service for this (`multihost_utils.reached_preemption_sync_point`), which is not used: it takes the last
+number that it was asked about for the step of the process, and Orbax asks it from the thread that ends a save, about a
+step that is over (`CheckpointManager._finalize_checkpoint`). A signal that comes then is heard and never acted on.
 """
 
 from __future__ import annotations
 
-from jax.experimental import multihost_utils
+import signal
+from types import FrameType
+
+from llava_mini_jax.distributed import first_fault
 
 
 class Preemption:
-  """To be asked by every process after each of its steps."""
+  """Inside, SIGTERM is noted and does nothing else. To be entered on the main thread."""
 
   def __init__(self):
-    # Calls, not steps of the run: the service counts from 0, and stops one after the last count that it knows.
-    self._calls = 0
+    self._noted = False
+
+  def __enter__(self) -> Preemption:
+    self._before = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def __exit__(self, *_) -> None:
+    signal.signal(signal.SIGTERM, self._before)
+
+  def _note(self, number: int, frame: FrameType | None) -> None:
+    del number, frame
+    self._noted = True
 
   def reached(self) -> bool:
-    """Whether this step is the one after which all processes end; True once."""
-    self._calls += 1
-    return multihost_utils.reached_preemption_sync_point(self._calls)
+    """Whether any process of the run was told to end. All call it at the same steps, and wait for each other."""
+    return bool(first_fault('SIGTERM' if self._noted else ''))
