@@ -25,7 +25,7 @@ from llava_mini_jax.convert.run_weights import CHECKPOINTS, is_imported, newest_
 from llava_mini_jax.convert.tensor_files import TensorFiles
 from llava_mini_jax.sharding import make_mesh, replicated
 from llava_mini_jax.train.checkpoint import Checkpoints
-from llava_mini_jax.train.errors import CheckpointError, mismatches
+from llava_mini_jax.train.errors import CheckpointError, DamagedError, mismatches
 from llava_mini_jax.train.fingerprint import fingerprint_on_host, fingerprints
 from llava_mini_jax.train.lora import (
   PREFIX,
@@ -111,7 +111,10 @@ class Base:
   def load(self, wanted: Wanted) -> dict[str, jax.Array]:
     """Whole ones, under the names that the model gives them."""
     rounded = {p: jax.ShapeDtypeStruct(x.shape, self._dtype, sharding=x.sharding) for p, x in wanted.items()}
-    found = self._source.load(rounded, {path: self._origin[path] for path in wanted})
+    try:
+      found = self._source.load(rounded, {path: self._origin[path] for path in wanted})
+    except DamagedError as error:  # not damage to the run that asks, which an older checkpoint of it would mend
+      raise CheckpointError(f'the run that the adapters were trained on: {error}') from error
     self._check(fingerprints(found))
     return {path: found[path].astype(leaf.dtype) for path, leaf in wanted.items()}
 
