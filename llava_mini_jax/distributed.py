@@ -200,6 +200,9 @@ def processes(cluster: Cluster, *, timeout: int = TIMEOUT, heartbeat: int = HEAR
   except BaseException as error:  # a shutdown would wait for the others, and abort all when its time is up
     if not isinstance(error, SystemExit):
       traceback.print_exc()
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      who = f'process {jax.process_index()} of {jax.process_count()}'
+      print(f'error: {who}: what all of them compute failed; is another one gone?', file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)

@@ -149,6 +149,9 @@ def test_r14_a_dead_peer(dataset, tmp_path):
     took = time.monotonic() - begun
     print(f'\nprocess {victim} killed: the other ended with {statuses[1 - victim]} after {took:.1f} s')
     assert all(statuses) and took <= HEARTBEAT + 5
+    if statuses[1 - victim] == 1:  # else the runtime has aborted it, in its own words
+      last = Path(f'{life.stem}.log.{1 - victim}').read_text().splitlines()[-1]
+      assert last == f'error: process {1 - victim} of 2: what all of them compute failed; is another one gone?'
 
 
 MESHES = [((8, 1, 1), 1, 8), ((2, 4, 1), 1, 8), ((4, 2, 1), 1, 8), ((1, 8, 1), 1, 8), ((1, 1, 1), 1, 1)]
