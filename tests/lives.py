@@ -51,7 +51,7 @@ class Life:
       assert all(process.poll() is None for process in self.processes), self.printed
       time.sleep(0.002)
 
-  def statuses(self, within: float = 300) -> list[int]:
+  def statuses(self, within: float = 900) -> list[int]:
     """How each of them ended."""
     end = time.monotonic() + within
     try:

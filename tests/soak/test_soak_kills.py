@@ -118,7 +118,7 @@ def test_r2_one_of_two_processes_killed(dataset, references, tmp_path):
   ('processes', 'devices', 'when'), [(1, 1, 'twice'), (1, 1, 'in a save'), (2, 4, 'any'), (2, 4, 'in a save')]
 )
 def test_r3_told_to_end(dataset, references, tmp_path, processes, devices, when):
-  steps = 160
+  steps = 80
   run = Run(dataset, tmp_path / 'run', *flags(steps), processes=processes, devices=devices)
   life = run.start()
   life.until(lambda: run.newest >= SAVE_EVERY)
@@ -194,7 +194,9 @@ def test_r4_every_byte_on_another_mesh(halfway, dataset, mesh):
 
 
 def test_r5_other_numbers_of_workers(dataset, tmp_path):
-  """0, then 2, then 3: the same samples with the same augmentation, and the same curve."""
+  """0, then 2, then 3: the same samples and the same curve. Pictures of one colour show no augmentation, which
+  tests/data/test_pipeline.py compares over workers.
+  """
   words = [*flags(120), '--config.data.flip=0.5', '--config.data.shift=2']
   reference = Run(dataset, tmp_path / 'reference', *words).finish()
   run = Run(dataset, tmp_path / 'run', *words)
@@ -204,5 +206,4 @@ def test_r5_other_numbers_of_workers(dataset, tmp_path):
     os.killpg(life.processes[0].pid, signal.SIGTERM)  # and to its workers, as some schedulers do
     assert life.statuses() == [PREEMPTED], life.printed
   run.finish('--config.data.workers=3')
-  assert len({row for rows in reference.samples().values() for row in rows}) > 12  # augmented: not one per record
   check(run, reference, 120)
