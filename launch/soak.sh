@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kills, damages and starves real runs for about half an hour: the long forms of what docs/reliability.md promises.
+# Kills and damages real runs at length: the long forms of what docs/reliability.md promises.
 # It prints what it measured. Arguments go to pytest: launch/soak.sh -k r3. Seconds are held to, so run it alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
