@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import math
@@ -65,7 +66,7 @@ def train(
   logs/ (a file per process), lock, with `profile_steps` profile/, and sizes.npz if samples are packed or grouped.
 
   Args:
-    allowed: what may differ from the run that is resumed, as `differences` names it; all of it has to.
+    allowed: what may differ from the run that is resumed, as `differences` names it.
     fallback: whether it may go on from an older checkpoint if the newest is damaged.
     preemption: who hears SIGTERM, at every step of a single process, and of several at those that are logged or saved.
     began: `time.perf_counter()` that the time of the run counts from; None = now.
@@ -212,8 +213,11 @@ def _compare(
     if experiment.train.lora_rank:  # its base may have moved: fingerprints say whether it is the same
       stored['config']['train']['init_from'] = experiment.train.init_from
     changed = differences({name: stored.get(name) for name in meta}, meta)
-  if unused := [name for name in allowed if name not in changed]:
-    raise ConfigError(f'allow_config_change: expected some of what differs, {list(changed)}; found {unused[0]!r}')
+  # One that no longer differs is as good, so that the same command starts the run again.
+  known = changed.keys() | {name.replace('/', '.') for name in flatten(meta)}
+  if unknown := [name for name in allowed if name not in known]:
+    (close,) = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)
+    raise ConfigError(f'allow_config_change: expected a name as {close!r}; found {unknown[0]!r}')
   if refused := [f'{name}: {what}' for name, what in changed.items() if name not in allowed]:
     lines = '\n  '.join(refused)
     raise ConfigError(f'{checkpoints.directory}: its run differs from this one; use another --workdir:\n  {lines}')

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -154,7 +155,8 @@ def test_one_writes_and_each_logs(runs):
     lines = (two.workdir / 'logs' / f'process_{index}.log').read_text().splitlines()
     assert f'process {index} of 2 on ' in lines[0]
     assert any(f'step {STEPS}: loss ' in line for line in lines[-20:]) and lines[-1].endswith('finished')
-  shown = [line for line in two.printed[1].splitlines() if 'Gloo' not in line]
+  gloo = re.compile('Gloo|peer ranks')  # its threads write into each other's lines
+  shown = [line for line in two.printed[1].splitlines() if not gloo.search(line)]
   assert shown == [], 'only the first process shows progress'
   assert 'parameters train' in two.printed[0]
 
