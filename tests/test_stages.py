@@ -21,6 +21,7 @@ from llava_mini_jax.infer.load import load_run  # noqa: E402
 from llava_mini_jax.sharding import make_mesh  # noqa: E402
 from llava_mini_jax.train.tree import flatten  # noqa: E402
 
+pytestmark = pytest.mark.slow
 CONFIG = """
 from llava_mini_jax.convert.run_weights import read_experiment
 from llava_mini_jax.recipes import paper_stage
@@ -125,7 +126,6 @@ def test_every_command_ends_well(results, name):
   assert results[name]['status'] == 0, results[name]['stderr']
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', [name for group in AFTERWARDS for name in group])
 def test_every_later_command_ends_well(later, name):
   assert later[name]['status'] == 0, later[name]['stderr']
@@ -158,14 +158,12 @@ def test_every_step_is_logged(place, results, stage, steps):
   assert all(0 < row['loss'] < 20 and row['grad_norm'] > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_the_answers_are_scored(place, later):
   found = json.loads((place / 'runs' / 'mine_stage2' / 'evaluation' / 'answers_real.json').read_text())
   assert [row['id'] for row in found['answers']] == list(COLORS) and found['summary']['count'] == len(COLORS)
   assert later['evaluate']['stdout'].startswith('real     images   exact match ')
 
 
-@pytest.mark.slow
 def test_the_way_out_and_in_again_changes_nothing(place, later, params):
   again = parameters(place, 'again')
   assert again.keys() == params['stage2'].keys()

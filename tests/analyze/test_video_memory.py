@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from small_model import small_config
 
 from llava_mini_jax.analyze.video_memory import describe, memory_by_frames, video_row
@@ -27,6 +28,7 @@ def test_memory_by_frames():
   assert many > 8 * few
 
 
+@pytest.mark.slow
 def test_a_video_that_is_encoded():
   (found,) = memory_by_frames(small_config(visual_chunk=8), [20], run=True, text=8)
   assert found['output_bytes'] == 32 * 24 * 4

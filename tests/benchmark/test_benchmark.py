@@ -26,6 +26,7 @@ def tolerance():
   return 1e-5
 
 
+@pytest.mark.slow
 def test_torch_takes_the_same_steps(monkeypatch, tolerance):
   """Losses of three steps, so gradients, clipping and AdamW too; a twin of another rate is found out."""
   monkeypatch.setattr(train_step, 'TOLERANCE', tolerance)

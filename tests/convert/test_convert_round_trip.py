@@ -230,6 +230,7 @@ def read_model(released) -> LlavaMiniConfig:
   return Experiment.from_dict(json.loads((released / 'run' / 'weights' / 'experiment.json').read_text())).model
 
 
+@pytest.mark.slow
 def test_a_trained_run_out_and_in(tmp_path, released):
   """With and without the layers of the tower that never run."""
   for keep in (True, False):

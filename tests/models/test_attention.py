@@ -110,6 +110,7 @@ def test_the_whole_model_is_the_same_with_the_kernel():
   close(ours[real], theirs[real], 'logits', 1e-5)
 
 
+@pytest.mark.slow
 def test_what_layers_keep_changes_no_gradient_and_less_is_computed_again():
   config = small_config(scan=dict(remat='none'))
   batch = lay_out(config, [random_sample(config, 0)], length=14, visuals=1)

@@ -334,7 +334,7 @@ def test_a_token_of_several_visuals_is_the_mean_of_its_fused_states(base):
   np.testing.assert_array_equal(x[answer], text[answer])
 
 
-@pytest.mark.parametrize('chunk', [1, 2, 3, 5])
+@pytest.mark.parametrize('chunk', [2, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (1, 3, 5))])
 def test_visuals_in_chunks_are_as_visuals_at_once(trained_on_visuals, chunk):
   batch, expected_loss, expected = trained_on_visuals
   loss, grads = loss_and_gradients(dataclasses.replace(CONFIG, visual_chunk=chunk), batch)

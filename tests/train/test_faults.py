@@ -108,6 +108,7 @@ def test_too_many_over_a_resume(dataset, whole, tmp_path):
   ]
 
 
+@pytest.mark.slow
 def test_a_change_that_is_allowed(dataset, whole, tmp_path):
   """Here a spike rule. By its name alone; it is logged, and what the run is compared with from then on."""
   again, name = up_to(whole, tmp_path / 'again'), 'config.train.spike_sigmas'

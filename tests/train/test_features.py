@@ -142,7 +142,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize(
+  'layout', ['packed', 'videos', *(pytest.param(name, marks=pytest.mark.slow) for name in ('images', 'hd', 'lengths'))]
+)
 def test_losses_and_gradients_are_those_of_the_tower(root, tmp_path, layout):
   fields = dict(LAYOUTS[layout])
   if 'mixture' in fields:

@@ -315,6 +315,7 @@ def test_what_changes_no_number_may_change(workdir, tmp_path, base):
   assert stored != now and differences(dict(config=stored), dict(config=now)) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('most', [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_losses_that_are_not_finite_end_the_run(tmp_path, base, most):
   """After so many in a row; no step that came of them is in a checkpoint, and every line of the log can be read."""

@@ -330,6 +330,7 @@ def test_a_checkpoint_holds_what_trained_and_names_its_base(adapted, start):
   assert meta['base'] == dict(run=str(start), step=base.step, fingerprints=fingerprints(frozen))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_exact(adapted, root, start, tmp_path):
   """From the checkpoint of step 4, and with the base somewhere else."""
   workdir = tmp_path / 'run'
@@ -344,6 +345,7 @@ def test_a_run_that_goes_on_is_exact(adapted, root, start, tmp_path):
     assert checkpoints.meta()['base']['run'] == str(moved)
 
 
+@pytest.mark.slow
 def test_a_run_is_read_merged(adapted, start):
   """On one device and on eight: base + alpha / rank · A · B, and what trained besides."""
   base = flatten(load_run(start, one_device()).params)

@@ -72,6 +72,7 @@ def ended(processes: list[subprocess.Popen], within: float) -> list[int]:
   return [process.wait(max(0.1, until - time.monotonic())) for process in processes]
 
 
+@pytest.mark.slow
 def test_one_is_told_to_end_then_one_dies_then_a_checkpoint_is_damaged(dataset, tmp_path):
   """One story, since every start takes long: each time both processes do the same, and the curve stays one curve."""
   workdir = tmp_path / 'run'

@@ -61,6 +61,7 @@ def test_the_parameters_of_another_run(base, stored, groups):
     np.testing.assert_array_equal(found[path], stored[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_modules_that_it_does_not_have_start_anew(base, stored, tmp_path):
   """As stage 2 does after stage 1: the same seed gives what a run from chance begins with."""
   bare = dataclasses.replace(
@@ -133,7 +134,7 @@ def test_what_is_loaded_is_in_memory_once(base, monkeypatch):
     if not path.startswith('prefusion/')
   }
   monkeypatch.setattr(train_start, 'newest_step', lambda workdir: None)
-  monkeypatch.setattr(train_start, 'starting_parameters', lambda *_: kept)
+  monkeypatch.setattr(train_start, 'starting_parameters', lambda *_, **__: kept)
 
   def buffers(array):
     return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
