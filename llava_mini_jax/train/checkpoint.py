@@ -220,7 +220,9 @@ class _Preserved:
 
 
 def _abstract(state: Any) -> Any:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), state)
+  """Arrays of NumPy are read back to a device of this process."""
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', here)), state)
 
 
 def _groups(abstract: Any) -> Iterator[set[str]]:
