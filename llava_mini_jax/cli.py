@@ -14,9 +14,9 @@ from llava_mini_jax.compile_cache import use_compilation_cache
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.distributed import HEARTBEAT, SINGLE, TIMEOUT, find_cluster, processes
-from llava_mini_jax.quiet import quiet_orbax
 from llava_mini_jax.sharding import MeshError
 from llava_mini_jax.train.errors import CheckpointError, Preempted, TrainingError
+from llava_mini_jax.train.quiet import quiet_orbax
 
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # on import it advises to install PyTorch
 

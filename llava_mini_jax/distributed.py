@@ -58,14 +58,25 @@ def meet(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def texts_of_all(text: str, size: int | None = None) -> list[str]:
+  """What each process has, in their order, on all of them.
+
+  Args:
+    size: bytes, the same on all, after which a text is cut; None = they first agree on the longest.
+  """
+  if jax.process_count() == 1:
+    return [text]
+  mine = text.encode()
+  if size is None:
+    size = int(multihost_utils.process_allgather(np.int32(len(mine))).max())
+  padded = np.frombuffer(mine[:size].ljust(size, b'\0'), np.uint8)
+  everyone = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, size)
+  return [row.astype(np.uint8).tobytes().rstrip(b'\0').decode(errors='replace') for row in everyone]
+
+
 def first_fault(fault: str) -> str:
   """What the first process that has a fault says of it, on all of them; '' = none has one."""
-  if jax.process_count() == 1:
-    return fault
-  mine = np.frombuffer(fault.encode()[:_LONGEST].ljust(_LONGEST, b'\0'), np.uint8)
-  everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, _LONGEST)
-  texts = (row.astype(np.uint8).tobytes().rstrip(b'\0').decode(errors='replace') for row in everyone)
-  return next(filter(None, texts), '')
+  return next(filter(None, texts_of_all(fault, _LONGEST)), '')
 
 
 def as_first(numbers: Sequence[int]) -> list[int]:

@@ -48,7 +48,9 @@ class Life:
 
   def until(self, what: Callable[[], bool]) -> None:
     while not what():
-      assert all(process.poll() is None for process in self.processes), self.printed
+      if any(process.poll() is not None for process in self.processes):
+        self.kill()
+        raise AssertionError(self.printed)
       time.sleep(0.002)
 
   def statuses(self, within: float = 900) -> list[int]:
@@ -57,9 +59,12 @@ class Life:
     try:
       return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
     finally:
-      for process in self.processes:
-        process.kill()
-        process.wait()
+      self.kill()
+
+  def kill(self) -> None:
+    for process in self.processes:
+      process.kill()
+      process.wait()
 
 
 class Run:

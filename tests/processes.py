@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from tiny_run import REPOSITORY
+from tiny_run import REPOSITORY, environment
 
 
-def start_processes(
-  program: list, count: int, devices: int, *, cache: Path | None = None, log: Path | None = None
-) -> list[subprocess.Popen]:
+def start_processes(program: list, count: int, devices: int, *, log: Path | None = None) -> list[subprocess.Popen]:
   """Starts a Python program as so many processes of so many emulated devices each.
 
   Args:
@@ -23,14 +20,6 @@ def start_processes(
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  environment = {
-    **os.environ,
-    'PYTHONPATH': os.pathsep.join([str(REPOSITORY), str(REPOSITORY / 'tests')]),
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_ENABLE_COMPILATION_CACHE': 'true' if cache else 'false',
-    **({'JAX_COMPILATION_CACHE_DIR': str(cache)} if cache else {}),
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
-  }
   started = []
   for index in range(count):
     flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={index}']
@@ -40,7 +29,7 @@ def start_processes(
       subprocess.Popen(
         [sys.executable, *words],
         cwd=REPOSITORY,
-        env=environment,
+        env=environment(devices),
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=subprocess.STDOUT,

@@ -97,12 +97,12 @@ def make_dataset(base: Path) -> Path:
   return root / 'data'
 
 
-def command(script: str, *arguments, devices: int = 1, cache: Path | None = None, **pipes) -> subprocess.Popen:
-  """Starts launch/SCRIPT.py with so many emulated devices. XLA compiles without optimizing, which is much faster.
+def environment(devices: int, cache: Path | None = None) -> dict[str, str]:
+  """Of a process with so many emulated devices. XLA compiles without optimizing, which is much faster.
 
   cache: a directory of compiled programs, that runs of one test share; None = each compiles.
   """
-  environment = {
+  return {
     **os.environ,
     'PYTHONPATH': os.pathsep.join([str(REPOSITORY), str(REPOSITORY / 'tests')]),
     'JAX_PLATFORMS': 'cpu',
@@ -110,9 +110,13 @@ def command(script: str, *arguments, devices: int = 1, cache: Path | None = None
     **({'JAX_COMPILATION_CACHE_DIR': str(cache)} if cache else {}),
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
   }
+
+
+def command(script: str, *arguments, devices: int = 1, cache: Path | None = None, **pipes) -> subprocess.Popen:
+  """Starts launch/SCRIPT.py in that `environment`."""
   program = [sys.executable, str(REPOSITORY / 'launch' / f'{script}.py'), *map(str, arguments)]
   defaults = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  return subprocess.Popen(program, cwd=REPOSITORY, env=environment, text=True, **{**defaults, **pipes})
+  return subprocess.Popen(program, cwd=REPOSITORY, env=environment(devices, cache), text=True, **{**defaults, **pipes})
 
 
 def start_training(

@@ -16,10 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 
 from llava_mini_jax.config import require_choice
 from llava_mini_jax.data.conversation import MEDIA_TAG, turns_from_llava
@@ -27,7 +25,7 @@ from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.images import PAD_COLOR
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.records import Record, Split, open_split
-from llava_mini_jax.distributed import is_writer
+from llava_mini_jax.distributed import is_writer, texts_of_all
 from llava_mini_jax.evaluate.contact_sheet import contact_sheet
 from llava_mini_jax.evaluate.exact_match import accuracy, is_match
 from llava_mini_jax.infer.answer import Answerer
@@ -125,13 +123,7 @@ class _Questions(Sequence):
 
 def _gathered(own: Mapping[int, dict[str, str]]) -> Mapping[int, dict[str, str]]:
   """What all processes have, by index, on each of them."""
-  if jax.process_count() == 1:
-    return own
-  text = np.frombuffer(json.dumps(own).encode(), np.uint8)
-  longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
-  padded = np.full(longest, ord(' '), np.uint8)
-  padded[: len(text)] = text
-  parts = [json.loads(part.tobytes()) for part in multihost_utils.process_allgather(padded)]
+  parts = map(json.loads, texts_of_all(json.dumps(own)))
   return {int(index): row for part in parts for index, row in part.items()}
 
 

@@ -82,6 +82,10 @@ class Goodput:
     self._now, self._since = category, now
     return before
 
+  def seconds(self, category: str) -> float:
+    """Of a category that is not the present one, since the last line."""
+    return self._seconds[category]
+
   def _compiled(self, event: str, seconds: float, **_: Any) -> None:
     if not event.startswith(_COMPILING) or threading.get_ident() != self._thread:
       return

@@ -162,15 +162,13 @@ def _steps(
   config, total = experiment.train, steps.stop - 1
   throughput = Throughput(experiment.model, trainer)
   skips = Skips(config.max_skipped, before=int(state['guard']['consecutive']))
-  pending, last, waited = [], {}, 0.0
+  pending, last = [], {}
   log = MetricsLog(workdir, start_step=steps.start - 1, total_steps=total, silent=not is_writer())
   with log, clock.of('step'):
     for step in steps:
       with profile.step(step):
-        before = time.perf_counter()
         with clock.of('data'):
           batch = next(batches)
-        waited += time.perf_counter() - before
         throughput.count(batch)
         state, metrics = trainer.step(state, batch)
       profile.done(step, metrics)
@@ -186,10 +184,11 @@ def _steps(
           bad.count(int(at), last)
           log.write(int(at), last | (throughput.since_last() if at == step else {}))
           skips.count(int(at), last)
+        waited = clock.seconds('data')
         log.goodput(step, goodput.shares(clock.write(step)))
         log.flush()
         logger.info('step %d: loss %.6g; waited %.3f s for data since the last line', step, last['loss'], waited)
-        pending, waited = [], 0.0
+        pending = []
       if save:
         kept = dict(data=batches.get_state(), bad_samples=bad.found)
         with clock.of('save'):

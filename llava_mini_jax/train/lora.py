@@ -127,7 +127,7 @@ def abstract_base(leaves: Mapping[str, jax.ShapeDtypeStruct], lora: Lora) -> dic
 
 def kept(path: str, kernel: jax.Array, lora: Lora) -> Any:
   """A kernel as it is kept, on the devices where it is."""
-  if not (lora.base and _is_target(path, lora)):
+  if not _is_quantized(path, lora):
     return kernel
   leaf = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=kernel.sharding)
   where = jax.tree.map(lambda part: part.sharding, quantized.abstract(leaf, lora.base, **_axes(path)))
@@ -136,7 +136,7 @@ def kept(path: str, kernel: jax.Array, lora: Lora) -> Any:
 
 def as_kept(path: str, kernel: jax.Array, lora: Lora) -> jax.Array:
   """A kernel with the numbers that it has where it is kept: those that its adapter was trained on."""
-  if not (lora.base and _is_target(path, lora)):
+  if not _is_quantized(path, lora):
     return kernel
 
   def rounded(x):
@@ -147,17 +147,18 @@ def as_kept(path: str, kernel: jax.Array, lora: Lora) -> jax.Array:
 
 def as_kept_on_host(path: str, kernel: np.ndarray, lora: Lora) -> np.ndarray:
   """`as_kept`, layer by layer where the kernel is stacked."""
-  if not (lora.base and _is_target(path, lora)):
+  if not _is_quantized(path, lora):
     return kernel
   whole, cpu = np.empty(kernel.shape, kernel.dtype), jax.local_devices(backend='cpu')[0]
-  for layer in range(len(kernel)) if _RULES[path].stacked else (slice(None),):
-    at = slice(layer, layer + 1) if isinstance(layer, int) else layer
+  part = 1 if _RULES[path].stacked else len(kernel)
+  for start in range(0, len(kernel), part):
+    at = slice(start, start + part)
     whole[at] = as_kept(path, jax.device_put(kernel[at], cpu), lora)
   return whole
 
 
-def _is_target(path: str, lora: Lora) -> bool:
-  return any(re.fullmatch(pattern, path) for pattern in lora.targets)
+def _is_quantized(path: str, lora: Lora) -> bool:
+  return bool(lora.base) and any(re.fullmatch(pattern, path) for pattern in lora.targets)
 
 
 def _axes(path: str) -> dict[str, int]:

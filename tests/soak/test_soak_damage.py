@@ -21,7 +21,7 @@ from llava_mini_jax.train.errors import DamagedError
 from llava_mini_jax.train.record import by_path
 from llava_mini_jax.train.start import trainer_for
 
-# Orbax leaves reads alone when one of them fails; `llava_mini_jax.quiet` is what hides that from users.
+# Orbax leaves reads alone when one of them fails; `llava_mini_jax.train.quiet` is what hides that from users.
 left_alone = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 pytestmark = [pytest.mark.soak, left_alone]
 
