@@ -60,8 +60,9 @@ def _text(sums: np.ndarray) -> str:
 
 def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
   """16 hexadecimal digits for each array, of any dtype. Every process that holds a part of one has to call it."""
-  sums = {name: _summing(_whole(array))(array, np.uint32(0)) for name, array in arrays.items()}
-  return {name: _text(part) for name, part in jax.device_get(sums).items()}
+  # One at a time: on CPUs, programs under way run in any order, and each waits for the other processes. With more of
+  # them than threads, two processes may wait for each other for ever.
+  return {name: _text(jax.device_get(_summing(_whole(array))(array, np.uint32(0)))) for name, array in arrays.items()}
 
 
 def _whole(array: jax.Array) -> Sharding | None:
