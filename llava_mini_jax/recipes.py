@@ -8,11 +8,14 @@
 | stage2_hd | stage 1 | instructions, 2 × 2 crops and the whole image, 8 × 8 tokens | all but the tower |
 | stage2_video | stage 1 | instructions about images and videos (a frame per second, 60 at most) | all but the tower |
 | stage2_lora | stage 1 | as stage2 | projector, compressor, pre-fusion, and adapters of the decoder |
+| finetune_qlora | stage 2 | as stage2 | projector, compressor, and adapters of pre-fusion and decoder, kept in 4 bits |
 
 Batches of stage2_video are of like length, images and videos apart, so that images are not laid out for 60 frames.
 
 stage1_full is what the released training script does; the paper's stage 1 has neither compressor nor pre-fusion.
-stage2_lora is not the paper's: rank 128, alpha 256 and the adapters' rate are those of LLaVA's finetune_lora.sh.
+stage2_lora is not the paper's: rank 128, alpha 256 and the adapters' rate are those of LLaVA's finetune_lora.sh. Nor is
+finetune_qlora, for one chip of 16 GB or more: rank 64, alpha 16, rate and batch are QLoRA's for 7B and 13B
+(arXiv:2305.14314, Appendix B).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import dataclasses
 from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig, require_choice
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
-STAGES = ('stage1', 'stage1_full', 'stage2', 'stage2_hd', 'stage2_video', 'stage2_lora')
+STAGES = ('stage1', 'stage1_full', 'stage2', 'stage2_hd', 'stage2_video', 'stage2_lora', 'finetune_qlora')
 FRAMES = 60
 VISUAL_COUNTS = (1, 8, FRAMES)  # of a batch: an image, a few of them or a short clip, a video
 
@@ -42,7 +45,7 @@ def paper_stage(model: LlavaMiniConfig, stage: str, *, template: str, name: str)
   require_choice('stage', stage, STAGES)
   if stage.startswith('stage1'):
     return _stage1(model, full=stage == 'stage1_full', start=f'runs/{name}_start')
-  return _stage2(model, stage, template=template, start=f'runs/{name}_stage1')
+  return _stage2(model, stage, template=template, name=name)
 
 
 def _stage1(model: LlavaMiniConfig, *, full: bool, start: str) -> Experiment:
@@ -59,7 +62,7 @@ def _stage1(model: LlavaMiniConfig, *, full: bool, start: str) -> Experiment:
   )
 
 
-def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, start: str) -> Experiment:
+def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, name: str) -> Experiment:
   tied = model.decoder.tie_word_embeddings  # then the table is the head too, and trains
   data = DataConfig(dataset='data/llava_instructions', template=template, row_length=2048, truncate=True)
   if stage == 'stage2_hd':
@@ -84,7 +87,7 @@ def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, start: str) ->
       ('(projector|compressor|prefusion)/.*', 1e-5),
       ('decoder/.*', 1e-4),
     ),
-    init_from=start,
+    init_from=f'runs/{name}_stage1',
     init_fresh=('(compressor|prefusion)/.*',),
     epochs=2.0,
   )
@@ -95,5 +98,19 @@ def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, start: str) ->
       lora_alpha=256.0,
       lora_targets=('decoder/layers/.*_proj',),
       groups=(('lora/.*', 2e-4), ('(vision|decoder)/.*', 'frozen'), ('.*', 1e-5)),
+    )
+  if stage == 'finetune_qlora':
+    train = dataclasses.replace(
+      train,
+      init_from=f'runs/{name}_stage2',
+      init_fresh=(),
+      batch_size=16,
+      accumulate=16,
+      param_dtype='bfloat16',
+      lora_base='int4',
+      lora_rank=64,
+      lora_alpha=16.0,
+      lora_targets=('(prefusion|decoder)/layers/.*_proj',),
+      groups=(('lora/.*', 2e-4), ('(projector|compressor)/.*', 1e-5), ('.*', 'frozen')),
     )
   return Experiment(model, data, train)

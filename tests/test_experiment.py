@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import ml_collections
 import pytest
+import qwix
 
 from llava_mini_jax.config import (
   CompressorConfig,
@@ -239,9 +240,7 @@ MISTAKES = {
   "config: expected the sections model, data, train; missing ['train'], unknown ['trian']": sections(
     train=None, trian={}
   ),
-  "stage: expected one of stage1, stage1_full, stage2, stage2_hd, stage2_video, stage2_lora; found 'stage3'": lambda: (
-    load('llava_mini_vicuna_7b', 'stage3')
-  ),
+  f"stage: expected one of {', '.join(STAGES)}; found 'stage3'": lambda: load('llava_mini_vicuna_7b', 'stage3'),
   # what is missing
   'model: missing decoder': model_dict('decoder', KeyError),
   'model.decoder: missing vocab_size': model_dict('decoder.vocab_size', KeyError),
@@ -385,6 +384,18 @@ def test_stage_2_with_lora(name):
   assert sum(adapters) == c.num_hidden_layers * 128 * each
   optimizer = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract['opt']))
   assert optimizer == 2 * sum(leaf.size for leaf in trained.values()) + 2
+
+
+def test_fine_tuning_in_four_bits():
+  """Every kernel of decoder and pre-fusion is kept in int4, and only its adapter trains."""
+  experiment = Experiment.from_dict(load('llava_mini_vicuna_7b', 'finetune_qlora'))
+  trainer = trainer_for(experiment, make_mesh((1, 1, 1), devices=jax.devices()[:1]), total_steps=10)
+  trained, kept = flatten(trainer.abstract['params']), flatten(trainer.abstract['frozen'])
+  assert {path.split('/')[0] for path in trained} == {'lora', 'projector', 'compressor'}
+  kernels = {path for path in parameter_shapes(experiment.model) if re.fullmatch('(prefusion|decoder)/.*_proj', path)}
+  assert {path for path, leaf in kept.items() if isinstance(leaf, qwix.QArray)} == kernels
+  assert {path for path in trained if path.startswith('lora/')} == {n for path in kernels for n in adapter_names(path)}
+  assert (experiment.train.init_from, experiment.train.init_fresh) == ('runs/vicuna_7b_stage2', ())
 
 
 @pytest.mark.parametrize('name', PAPER)

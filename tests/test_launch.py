@@ -17,6 +17,7 @@ from tiny_run import COLORS, QUESTIONS, REPOSITORY, SAVE_EVERY, STEPS, command, 
 
 from llava_mini_jax.data import records
 from llava_mini_jax.infer.chat import HELP
+from llava_mini_jax.recipes import STAGES
 from llava_mini_jax.train.lock import LOCK_NAME
 
 SCRIPTS = ('train', 'evaluate', 'chat', 'prepare_data', 'convert', 'benchmark', 'compile_tpu', 'preflight_table')
@@ -41,7 +42,7 @@ MISTAKES = {
   'unknown config argument': (
     'train',
     ['--config=configs/llava_mini_vicuna_7b.py:stage3', TRAIN[1]],
-    ("stage: expected one of stage1, stage1_full, stage2, stage2_hd, stage2_video, stage2_lora; found 'stage3'",),
+    (f"stage: expected one of {', '.join(STAGES)}; found 'stage3'",),
   ),
   'bad config argument': (
     'train',
