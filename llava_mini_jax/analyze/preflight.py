@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llava_mini_jax.analyze import hlo, jaxpr_flops
 from llava_mini_jax.analyze.programs import Program
 from llava_mini_jax.analyze.step_cost import Collective, StepCost, step_cost
 from llava_mini_jax.analyze.topologies import GIB, Chip, Topology
 
-_UNTIMED = Chip(*[math.inf] * 7)
+_UNTIMED = Chip(*[math.inf] * 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Preflight:
   collectives: tuple[Collective, ...]  # on CPUs they take no time
   cost: StepCost | None  # None if it does not compile for lack of memory, or for a CPU
   note: str = ''
+  micro_steps: int = 1
 
   def mfu(self, seconds: float) -> float:
     """Model FLOPs utilisation, if a step takes so long."""
@@ -93,10 +95,10 @@ def preflight(
   try:
     compiled = program.lower(traced).compile(options or None)
   except jax.errors.JaxRuntimeError as error:
-    fits, used = False, _asked_for(str(error), sum(memory.values()))
+    fits, used = False, _asked_for(str(error))
     if used is None:
       raise
-    memory['activations and gradients'] = used - sum(memory.values())
+    memory['activations and gradients'] = max(0.0, used - sum(memory.values()))
   else:
     found = compiled.memory_analysis()
     rest = found.argument_size_in_bytes - sum(memory.values())
@@ -133,6 +135,7 @@ def preflight(
     collectives=cost.collectives if cost else (),
     cost=cost if chip else None,
     note=chip.note if chip else '',
+    micro_steps=program.micro_steps,
   ), text
 
 
@@ -145,13 +148,15 @@ def suggestion(report: Preflight) -> str:
   if state > 0.9 * report.capacity:
     shards = report.mesh['fsdp'] * report.mesh['tensor']
     wider = f'--mesh=1,{report.devices},1' if shards < report.devices else 'a larger topology'
-    smaller = ', or --config.train.param_dtype=bfloat16' if training else ''
+    smaller = ', --config.train.param_dtype=bfloat16, or adapters (docs/training.md, LoRA)' if training else ''
     return f'what stays in memory takes {state / GIB:.1f} GiB per device: {wider}{smaller}'
-  rows = report.rows // (report.mesh['data'] * report.mesh['fsdp'])
+  rows = report.rows // (report.mesh['data'] * report.mesh['fsdp'] * report.micro_steps)
   fitting = int(rows * (report.capacity - state) / rest)
   if fitting:
     parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= fitting)
-    change = f'--config.train.accumulate={parts}' if training else f'--batch={report.rows // parts}'
+    change = (
+      f'--config.train.accumulate={report.micro_steps * parts}' if training else f'--batch={report.rows // parts}'
+    )
     return f'rows take {rest / rows / GIB:.1f} GiB each: {change}, or more chips'
   chunk = ', --config.model.visual_chunk=4' if report.sizes.get('visuals', 1) > 1 else ''
   return (
@@ -161,21 +166,24 @@ def suggestion(report: Preflight) -> str:
 
 def _device_bytes(tree: Any) -> float:
   """Of one device, by the shardings of a tree of ShapeDtypeStructs."""
-  sizes = (leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
-  return float(sum(sizes))
+  leaves = jax.tree.leaves(tree)
+  return sum(_bits(leaf.dtype) / 8 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
-def _asked_for(error: str, arguments: float) -> float | None:
+def _bits(dtype: Any) -> int:
+  """As TPUs keep it: two int4 in a byte, of which a host's array makes two."""
+  return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
+
+
+def _asked_for(error: str) -> float | None:
   """Bytes of HBM that a program would use, from the compiler's message; None if that is about something else.
 
-  Depending on how far it came, the compiler names all of it, or the temporaries besides the arguments.
+  What one of its messages calls temporaries are the arguments too: a smaller frozen base makes them smaller.
   """
   units = dict(K=2**10, M=2**20, G=2**30, T=2**40)
   found = re.search(r'Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm', error)
-  if found:
-    return float(found.group(1)) * units[found.group(2)]
-  found = re.search(r'out of memory on HBM, .*HLO temporaries \(([\d.]+)([KMGT])\)', error)
-  return arguments + float(found.group(1)) * units[found.group(2)] if found else None
+  found = found or re.search(r'out of memory on HBM, .*HLO temporaries \(([\d.]+)([KMGT])\)', error)
+  return float(found.group(1)) * units[found.group(2)] if found else None
 
 
 def _versions(topology: Topology) -> dict[str, str]:

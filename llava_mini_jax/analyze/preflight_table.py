@@ -1,7 +1,8 @@
 """The paper's recipe on pods: every model and stage on every topology, one compilation at a time.
 
 Cells are kept in a JSON file, so that a table that was interrupted goes on where it stopped. Leaves: a table in
-Markdown, and a picture. Samples are the paper's: 558K captions once, 665K instructions twice.
+Markdown, and a picture. Samples are the paper's: 558K captions once, 665K instructions twice. Each chip keeps what its
+memory suggests (`REMAT`) and, where that does not fit, nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MODELS = ('vicuna_7b', 'llama31_8b', 'vicuna_13b')
 STAGES = ('stage2', 'stage1', 'stage2_hd', 'stage2_video')
 TOPOLOGIES = ('v5e-64', 'v6e-64', 'v5p-64')
 SAMPLES = dict(stage1=558_000, stage2=2 * 665_000)
+REMAT = {'v5e-64': ('attention', 'full'), 'v6e-64': ('projections', 'full'), 'v5p-64': ('dots', 'full')}
 PAPER_HOURS = 48, 8  # hours, A100s
 _START, _END = '<!-- table -->', '<!-- end of table -->'
 
@@ -37,10 +39,10 @@ class Cell:
   def key(self) -> str:
     return f'{self.model} {self.stage} {self.topology}'
 
-  @property
-  def command(self) -> list[str]:
+  def command(self, remat: str) -> list[str]:
     config = f'configs/llava_mini_{self.model}.py:{self.stage}'
-    return ['launch/compile_tpu.py', f'--config={config}', f'--topology={self.topology}']
+    flags = [f'--config={config}', f'--topology={self.topology}', f'--config.model.scan.remat={remat}']
+    return ['launch/compile_tpu.py', *flags]
 
 
 def cells(models: Sequence[str], stages: Sequence[str], topologies: Sequence[str]) -> list[Cell]:
@@ -61,17 +63,27 @@ def fill(file: Path, wanted: Sequence[Cell], extra: Sequence[str] = ()) -> Itera
     if cell.key in table:
       yield cell, 'kept'
       continue
-    with tempfile.TemporaryDirectory() as directory:
-      report = Path(directory) / 'report.json'
-      program = [sys.executable, *cell.command, f'--json={report}', *extra]
-      done = subprocess.run(program, capture_output=True, text=True)
-      if done.returncode:
-        yield cell, (done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]
-        continue
-      found = json.loads(report.read_text())
+    for remat in REMAT.get(cell.topology, ('full',)):
+      found, fault = _compiled([*cell.command(remat), *extra])
+      if fault or found['fits']:
+        break
+    if fault:
+      yield cell, fault
+      continue
     table[cell.key] = {name: value for name, value in found.items() if name not in ('cost', 'collectives')}
+    table[cell.key]['remat'] = remat
     file.write_text(json.dumps(table, indent=1) + '\n')
     yield cell, 'done'
+
+
+def _compiled(command: Sequence[str]) -> tuple[dict[str, Any], str]:
+  """A program's report, and '' or what went wrong."""
+  with tempfile.TemporaryDirectory() as directory:
+    report = Path(directory) / 'report.json'
+    done = subprocess.run([sys.executable, *command, f'--json={report}'], capture_output=True, text=True)
+    if done.returncode:
+      return {}, (done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]
+    return json.loads(report.read_text()), ''
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -84,8 +96,9 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
   lines = [
     f'Compiled with {"; ".join(compilers)}.',
     '',
-    '| model | stage | chips | GiB per chip | predicted ms (full overlap to none) | MFU | rows/s per chip | hours |',
-    '|---|---|---|---|---|---|---|---|',
+    '| model | stage | chips | remat | GiB per chip | predicted ms (full overlap to none) | MFU | rows/s per chip '
+    '| hours |',
+    '|---|---|---|---|---|---|---|---|---|',
   ]
   for key, found in _ordered(table):
     memory = f'{found["used"] / GIB:.1f} of {found["capacity"] / GIB:.1f}'
@@ -96,7 +109,7 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
       rest = [span, f'{found["mfu"]:.3f}', f'{found["rows_per_second_per_device"]:.2f}', hours]
     else:
       memory, rest = f'**{memory}**', [f'does not fit: {found["suggestion"]}', '', '', '']
-    lines.append(f'| {" | ".join([*key.split(), memory, *rest])} |')
+    lines.append(f'| {" | ".join([*key.split(), found["remat"], memory, *rest])} |')
   lines += [
     '',
     '| model | chips | predicted hours, both stages (full overlap to none) | chip-hours |',

@@ -45,6 +45,7 @@ class Program:
   model_flops: float  # of all devices
   kinds: Mapping[str, Any]  # arguments by kind: parameters, frozen parameters, optimizer, batch, cache
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the compiler, which the function has
+  micro_steps: int = 1  # that the rows are computed in
 
   def trace(self) -> jax.stages.Traced:
     with use_mesh(self.mesh):
@@ -158,6 +159,7 @@ def _training(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
       'batch': batch,
     },
     options=compiler_options(mesh) or {},
+    micro_steps=experiment.train.accumulate,
   )
 
 

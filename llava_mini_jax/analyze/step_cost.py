@@ -9,6 +9,8 @@
 - Collectives: bytes of the whole buffer over the bandwidth that the compiler's scheduler assumes. One that is woven
   into computations hides behind those; one that is started and later awaited hides behind what is scheduled in
   between, one after the other; any other is exposed.
+- Between slices the compiler sends and receives through the hosts: bytes over the data-center network's bandwidth per
+  device, in ring steps, hidden behind what is scheduled between the send and the end of its receive.
 
 The prediction lies between full overlap of computation and communication, and none. Checked against published
 hardware results for compute-bound steps only (docs/preflight.md); communication has not been checked on hardware.
@@ -36,14 +38,17 @@ COLLECTIVES = (
   'collective-broadcast',
 )
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id')
-_FREE += ('opt-barrier', 'copy-start', 'copy-done', 'slice-start', 'slice-done', 'async-update')
+_FREE += ('opt-barrier', 'copy-start', 'copy-done', 'slice-start', 'slice-done', 'async-update', 'send', 'recv')
+_BETWEEN_SLICES = 'xla_megascale_runtime'
 _KERNEL = 'tpu_custom_call'
 _NO_CYCLES = 2**53  # what the compiler cannot estimate, it says takes for ever
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  kind: str  # an opcode; `reduce-scatter (fused)` = an all-reduce of which each device keeps its part
+  # An opcode; `reduce-scatter (fused)` = an all-reduce of which each device keeps its part; `… between slices` = each
+  # device's own part with those of other slices.
+  kind: str
   overlap: str  # woven = in steps inside computations; started = awaited later; exposed = nothing runs meanwhile
   count: int  # calls per step
   bytes: float  # per step, of the whole buffers
@@ -154,8 +159,8 @@ class _Walk:
 
   def run(self, computation: str, times: int) -> float:
     """Returns how long one run takes, what is woven into computation apart."""
-    clock, free = 0.0, 0.0  # free: when the links have finished what was started before
-    started: dict[str, tuple[_Transfer, float]] = {}  # and when each is done
+    clock, free, network = 0.0, 0.0, 0.0  # when the links, and the hosts' network, have done what was started before
+    started: dict[str, tuple[_Transfer, float]] = {}  # and when each is done; those between slices by their rendezvous
     for instruction in self.module.computations[computation]:
       opcode = instruction.opcode
       if opcode == 'while':
@@ -163,6 +168,14 @@ class _Walk:
         clock += turns * self.run(instruction.called('body'), times * turns)
       elif opcode in ('call', 'conditional'):
         clock += sum(self.run(branch, times) for branch in _first_branch(instruction))
+      elif instruction.opcode == 'send' and (transfer := self._between_slices(instruction, times)):
+        self.transfers.append(transfer)
+        network = max(network, clock) + transfer.seconds
+        started[_rendezvous(instruction)] = transfer, network
+      elif instruction.opcode == 'recv-done' and (meeting := self._meeting(computation, instruction)) in started:
+        transfer, until = started.pop(meeting)
+        transfer.waited = max(0.0, until - clock)
+        clock += transfer.waited
       elif transfer := self._transfer(computation, instruction, times):
         self.transfers.append(transfer)
         behind = max(0.0, free - clock)
@@ -201,6 +214,20 @@ class _Walk:
     chip = self.chip
     seconds = size / (chip.reduce_bandwidth if kind == 'all-reduce' else chip.gather_bandwidth)
     return _Transfer(kind, overlap, times, size, seconds, inner.group_size)
+
+  def _between_slices(self, send: Instruction, times: int) -> _Transfer | None:
+    """Each device's part of a collective, which hosts exchange; None for any other transfer to the host."""
+    if send.string('_xla_host_transfer_handler_name') != _BETWEEN_SLICES:
+      return None
+    kind = (send.string('_xla_megascale_transfer_type') or 'transfer').lower().replace('_', '-')
+    slices, size = _listed(send.string('_xla_megascale_target') or ''), send.arrays[0].bytes
+    steps = (slices - 1) / slices * (2 if kind == 'all-reduce' else 1)
+    seconds = size * steps / self.chip.network_bandwidth
+    return _Transfer(f'{kind} between slices', 'started', times, size, seconds, slices, waited=seconds)
+
+  def _meeting(self, computation: str, done: Instruction) -> str:
+    recv = self.module.find(computation, done.operands[0]) if done.operands else None
+    return _rendezvous(recv) if recv else ''
 
   def _compute(self, computation: str, instruction: Instruction, times: int) -> float:
     if instruction.opcode in _FREE or instruction.opcode.endswith('-done'):
@@ -294,6 +321,19 @@ class _Walk:
       collectives=tuple(sorted(collectives, key=lambda c: -c.seconds)),
       instructions=tuple(sorted(self.costs, key=lambda c: -c.seconds)),
     )
+
+
+def _rendezvous(instruction: Instruction) -> str:
+  return instruction.string('_xla_host_transfer_rendezvous') or ''
+
+
+def _listed(target: str) -> int:
+  """How many slices a target such as `{1,2}x{0:3}` lists, which has them first; at least two."""
+  count = 0
+  for part in target.partition('}')[0].strip('{').split(','):
+    first, _, last = part.partition(':')
+    count += int(last or first) - int(first) + 1 if first.isdigit() else 0
+  return max(2, count)
 
 
 def _first_branch(instruction: Instruction) -> list[str]:

@@ -5,7 +5,8 @@ extra, which brings the real compiler; nothing is executed.
 
 Sources: peak FLOP/s, memory and its bandwidth, link rates: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm;
 memory that a program may use: what the compiler reports; clock and collective bandwidth: what the compiler's own
-latency-hiding scheduler assumes (its estimated cycles against its estimated times; v4 and tpu7x: scaled by link rate).
+latency-hiding scheduler assumes (its estimated cycles against its estimated times; v4 and tpu7x: scaled by link rate);
+data-center network: the same pages (v5e 6.4 Tbit/s per 256 chips, v5p 50, v6e and tpu7x 100 Gbit/s per chip).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Chip:
   hbm_bytes: float  # that a program may use
   gather_bandwidth: float  # bytes of the whole buffer, of an all-gather or a reduce-scatter
   reduce_bandwidth: float  # bytes of the whole buffer, of an all-reduce
+  network_bandwidth: float  # bytes each way, between slices: this device's share of the data-center network
   # Share of the peak that a well-blocked attention kernel is taken to reach, masked blocks counted. The compiler's own
   # cycles say 0.62 (v5e) and 0.22 to 0.45 (v6e) of a forward pass over 1,024 tokens in blocks of 512.
   kernel_efficiency: float
@@ -43,12 +45,22 @@ class Chip:
 
 
 CHIPS = {
-  'v4': Chip(1.05e9, 275e12, 1228e9, 30.75 * GIB, 93.3e9, 140e9, 0.5, note='collective bandwidth scaled from v5p'),
-  'v5e': Chip(1.5e9, 197e12, 819e9, 15.75 * GIB, 93.3e9, 93.3e9, 0.5),
-  'v5p': Chip(1.75e9, 459e12, 2765e9, 95.74 * GIB, 186.7e9, 280e9, 0.5),
-  'v6e': Chip(1.75e9, 918e12, 1640e9, 31.25 * GIB, 186.7e9, 186.7e9, 0.3),
+  'v4': Chip(
+    1.05e9, 275e12, 1228e9, 30.75 * GIB, 93.3e9, 140e9, 6.25e9, 0.5, note='collective and network bandwidth as if v5p'
+  ),
+  'v5e': Chip(1.5e9, 197e12, 819e9, 15.75 * GIB, 93.3e9, 93.3e9, 3.125e9, 0.5),
+  'v5p': Chip(1.75e9, 459e12, 2765e9, 95.74 * GIB, 186.7e9, 280e9, 6.25e9, 0.5),
+  'v6e': Chip(1.75e9, 918e12, 1640e9, 31.25 * GIB, 186.7e9, 186.7e9, 12.5e9, 0.3),
   'tpu7x': Chip(
-    1.9e9, 1153.5e12, 3690e9, 94.75 * GIB, 186.7e9, 280e9, 0.3, 'its cycle estimates inside loops are unreliable'
+    1.9e9,
+    1153.5e12,
+    3690e9,
+    94.75 * GIB,
+    186.7e9,
+    280e9,
+    6.25e9,
+    0.3,
+    'its cycle estimates inside loops are unreliable',
   ),
 }
 _MEGACORE = ('v4', 'v5p')  # one JAX device per chip, of two cores

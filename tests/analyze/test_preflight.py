@@ -129,11 +129,14 @@ def test_suggestions():
   assert suggestion(dataclasses.replace(report, fits=True)) == ''
   heavy = dataclasses.replace(report, used=30 * GIB, memory=dict(parameters=5 * GIB, optimizer=10 * GIB))
   bytes_that_stay = 'what stays in memory takes 15.0 GiB per device: '
-  assert suggestion(heavy) == f'{bytes_that_stay}--mesh=1,8,1, or --config.train.param_dtype=bfloat16'
+  adapters = ', or adapters (docs/training.md, LoRA)'
+  assert suggestion(heavy) == f'{bytes_that_stay}--mesh=1,8,1, --config.train.param_dtype=bfloat16{adapters}'
   spread = dataclasses.replace(heavy, mesh=dict(data=1, fsdp=8, tensor=1), step='decode')
   assert suggestion(spread) == f'{bytes_that_stay}a larger topology'
   rows = dataclasses.replace(report, used=18 * GIB, memory=dict(parameters=2 * GIB))
   assert suggestion(rows) == 'rows take 2.0 GiB each: --config.train.accumulate=2, or more chips'
+  halves = dataclasses.replace(rows, micro_steps=2)
+  assert suggestion(halves) == 'rows take 4.0 GiB each: --config.train.accumulate=4, or more chips'
   tight = dataclasses.replace(rows, used=26 * GIB, step='prefill')  # two of eight fit
   assert suggestion(tight) == 'rows take 3.0 GiB each: --batch=16, or more chips'
   one = dataclasses.replace(rows, rows=8)

@@ -8,8 +8,9 @@ from llava_mini_jax.analyze.hlo import parse
 from llava_mini_jax.analyze.step_cost import Collective, step_cost
 from llava_mini_jax.analyze.topologies import Chip
 
-# 1 cycle = 1 ms; 1 B from memory, 2 B gathered and 4 B reduced per ms; a kernel does 1 FLOP per ms
-CHIP = Chip(1e3, 2e3, 1e3, 1e9, 2e3, 4e3, 0.5)
+# 1 cycle = 1 ms; 1 B from memory, 2 B gathered, 4 B reduced and 0.5 B sent to other slices per ms; a kernel does 1 FLOP
+# per ms
+CHIP = Chip(1e3, 2e3, 1e3, 1e9, 2e3, 4e3, 5e2, 0.5)
 
 HEAD = """HloModule jit_step, is_scheduled=true
 
@@ -182,3 +183,40 @@ def test_kernels():
 
 def test_what_is_no_kernel_takes_no_time():
   assert milliseconds(cost('%c = s8[10]{0} custom-call(%x), custom_call_target="Sharding"')) == (0, 0, 0, 0)
+
+
+def between(name: str, slices: str = '{1,2}x{0:3}', kind: str = 'ALL_REDUCE') -> tuple[str, str, str]:
+  """A send, its receive, and the end of that."""
+  handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+  ends = f'is_host_transfer=true, frontend_attributes={{{handler},_xla_host_transfer_rendezvous="{name}",'
+  ends += f'_xla_megascale_target="{slices}",_xla_megascale_transfer_type="{kind}"}}'
+  return (
+    f'%send.{name} = (s8[10]{{0}}, u32[], token[]) send(%x, %t), channel_id=3, {ends}',
+    f'%recv.{name} = (s8[10]{{0}}, u32[], token[]) recv(%t), channel_id=2, {ends}',
+    f'%done.{name} = (s8[10]{{0}}, token[]) recv-done(%recv.{name}), channel_id=2, is_host_transfer=true',
+  )
+
+
+def test_what_slices_exchange_hides_behind_what_runs_meanwhile():
+  send, recv, done = between('a')
+  product = f'%p = s8[10]{{0}} {PRODUCT}'
+  assert milliseconds(cost(send, recv, done)) == (0, 0, 0, 20)  # 10 B once each way
+  found = cost(send, recv, product, done)
+  assert milliseconds(found) == (40, 0, 0, 0)
+  assert found.collectives == (Collective('all-reduce between slices', 'started', 1, 10, pytest.approx(0.02), 0, 2),)
+  first, second = between('a'), between('b')
+  queued = cost(*first[:2], *second[:2], product, first[2], second[2], *between('c'))
+  assert milliseconds(queued) == (40, 0, 0, 20)  # b comes after a; c waits for nobody
+  assert milliseconds(cost(send, recv, product)) == (40, 0, 0, 20)  # awaited in another turn
+
+
+def test_a_ring_of_four_slices():
+  assert milliseconds(cost(*between('a', '{1:4}x{0:3}'))) == (0, 0, 0, 30)
+  assert milliseconds(cost(*between('a', '{1,2,3,4}x{0:3}', 'ALL_GATHER'))) == (0, 0, 0, 15)
+  (found,) = cost(*between('a', '{1,2,3,4}x{0:3}', 'ALL_GATHER')).collectives
+  assert (found.kind, found.group) == ('all-gather between slices', 4)
+
+
+def test_other_transfers_to_the_host_are_no_communication():
+  words = [line.replace('xla_megascale_runtime', 'tf_rendezvous') for line in between('a')]
+  assert cost(*words).collectives == ()
