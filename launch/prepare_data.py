@@ -1,10 +1,11 @@
 """Prepares a dataset: checks every sample, writes array_record files, and trains a tokenizer on them.
 
 python launch/prepare_data.py --source=easy_vqa --out=data/easy_vqa
+python launch/prepare_data.py --source=scenes --scenes=20000 --seed=0 --out=data/scenes
 python launch/prepare_data.py --source=train.json,val.jsonl --split=train,validation --media_root=images --out=data/mine
 python launch/prepare_data.py --features --config=configs/llava_mini_vicuna_7b.py:stage1 --out=data/features --shard=0/4
 python launch/prepare_data.py --source=train.json --media_root=images --out=data/mine --beam=--runner=DirectRunner
-The third runs a config's frozen vision tower (that of train.init_from) over its dataset; --config.data.features then
+The fourth runs a config's frozen vision tower (that of train.init_from) over its dataset; --config.data.features then
 names what it wrote. Killed, it goes on when it is called again.
 """
 
@@ -17,10 +18,11 @@ from tqdm import tqdm
 from llava_mini_jax.cli import launch
 from llava_mini_jax.data.features import DTYPES
 from llava_mini_jax.data.prepare import describe, parse_shard, prepare
+from llava_mini_jax.data.scenes import Scenes
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.train.features import write_features
 
-_SOURCE = flags.DEFINE_list('source', None, 'easy_vqa, or LLaVA-style .json/.jsonl files.')
+_SOURCE = flags.DEFINE_list('source', None, 'easy_vqa, scenes, or LLaVA-style .json/.jsonl files.')
 _SPLIT = flags.DEFINE_list('split', ['train'], 'The split that each source file becomes.')
 _MEDIA_ROOT = flags.DEFINE_list(
   'media_root', [], 'Directory that image and video paths are relative to; one for all sources, or one each.'
@@ -37,6 +39,9 @@ _NUMBER_DUPLICATES = flags.DEFINE_bool(
   'number_duplicates', False, 'Keep samples with an id that occurred before, as ID#2, ID#3, ...'
 )
 _FORCE = flags.DEFINE_bool('force', False, 'Replace the prepared dataset in --out.')
+_SCENES = flags.DEFINE_integer('scenes', 20_000, 'Scenes to generate for the split train; a tenth for test.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the scenes.')
+_SCENE_PIXELS = flags.DEFINE_integer('scene_pixels', 64, 'Width and height of a scene.')
 _BEAM = flags.DEFINE_multi_string('beam', None, 'An option of Apache Beam, which then does the work; may be repeated.')
 _FEATURES = flags.DEFINE_bool('features', False, "Instead: write what a config's vision tower makes of its dataset.")
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Features: experiment, FILE.py or FILE.py:arguments.')
@@ -82,6 +87,7 @@ def main(_) -> None:
     number_duplicates=_NUMBER_DUPLICATES.value,
     force=_FORCE.value,
     beam=_BEAM.value,
+    scenes=Scenes(_SCENES.value, _SEED.value, _SCENE_PIXELS.value),
     progress=lambda records, split: tqdm(records, desc=split, unit=' records'),
   )
   print(describe(summary))

@@ -1,4 +1,4 @@
-"""Annotation files, or the data set embedded in a package -> a prepared dataset directory.
+"""Annotation files, the data set embedded in a package, or generated scenes -> a prepared dataset directory.
 
 Leaves: `<out>/` with the array_record files (`records.open_split`), `tokenizer/` trained on the `train` split, and
 `summary.json`: what was kept, what was refused and why. It appears complete or not at all.
@@ -19,6 +19,8 @@ from llava_mini_jax.data.beam_prepare import Source, write_splits
 from llava_mini_jax.data.conversation import MEDIA_TAG, special_tokens
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.records import Record
+from llava_mini_jax.data.scenes import Scenes
+from llava_mini_jax.data.scenes import splits as scene_splits
 from llava_mini_jax.data.sources import Report, read_llava
 from llava_mini_jax.data.tokenizer import (
   SPECIAL_TOKENS,
@@ -28,7 +30,7 @@ from llava_mini_jax.data.tokenizer import (
   train_tokenizer,
 )
 
-EASY_VQA = 'easy_vqa'
+EASY_VQA, SCENES = BUILT_IN = 'easy_vqa', 'scenes'  # sources that are no files and bring their own splits
 _LISTED = 20  # refusals shown; summary.json holds them all
 
 Progress = Callable[[Iterable[Record], str], Iterable[Record]]
@@ -56,12 +58,14 @@ def prepare(
   number_duplicates: bool = False,
   force: bool = False,
   beam: Sequence[str] | None = None,
+  scenes: Scenes | None = None,
   progress: Progress = lambda iterable, split: iterable,
 ) -> dict[str, Any]:
   """Reads, checks and writes; see the module docstring.
 
   Args:
-    files: LLaVA-style annotation files (`sources.read_llava`); or 'easy_vqa' alone, which brings its own splits.
+    files: LLaVA-style annotation files (`sources.read_llava`); or 'easy_vqa' or 'scenes' alone, which
+      bring their own splits.
     splits: the name of the split that each file becomes.
     media_roots: where the image and video paths of each file are relative to; one = the same for all, none = text only.
     tokenizer: HF directory of the tokenizer to use: text that spells one of its special tokens is refused, and it is
@@ -73,6 +77,7 @@ def prepare(
     force: replace an existing prepared dataset.
     beam: options of an Apache Beam pipeline that does the work (`beam_prepare`), with the same result. None = this
       process does it.
+    scenes: which ones, with the source 'scenes'; None = the default.
     progress: without Beam, wraps the records of a split, e.g. in a progress bar.
   Returns:
     What `summary.json` holds: {'splits': {name: {'records': int, 'refused': int, 'source': str}}, 'refused': [{'code',
@@ -87,8 +92,10 @@ def prepare(
   if not 0 <= max_refused <= 1:
     raise ConfigError(f'max_refused: expected a share from 0 to 1; found {max_refused}')
   with records.staged(out, force=force) as directory:
-    found = _open(files, splits, media_roots, reserved, number_duplicates)
-    description = easy_vqa.DESCRIPTION if EASY_VQA in files else f'LLaVA-style samples of {", ".join(files)}'
+    scenes = scenes or Scenes()
+    found = _open(files, splits, media_roots, reserved, number_duplicates, scenes)
+    description = f'LLaVA-style samples of {", ".join(files)}'
+    description = {EASY_VQA: easy_vqa.DESCRIPTION, SCENES: scenes.description}.get(files[0], description)
     if beam is None:
       iterators = {name: _checked(name, split, max_refused, progress) for name, split in found.items()}
       records.write_splits(directory, iterators, description=description)
@@ -142,13 +149,16 @@ def _open(
   media_roots: Sequence[str | os.PathLike],
   reserved: Sequence[str],
   number_duplicates: bool,
+  scenes: Scenes,
 ) -> dict[str, _Split]:
-  if EASY_VQA in files:
+  if built_in := next((file for file in files if file in BUILT_IN), None):
     if len(files) > 1:
-      raise ConfigError(f'source: {EASY_VQA} brings its own splits and cannot be joined with {len(files) - 1} more')
+      raise ConfigError(f'source: {built_in} brings its own splits and cannot be joined with {len(files) - 1} more')
     if media_roots or tuple(splits) != ('train',):
-      raise ConfigError(f'source: {EASY_VQA} brings its own splits and images; expected no split and no media root')
-    return {name: _Split(EASY_VQA, found, Report()) for name, found in easy_vqa.splits().items()}
+      raise ConfigError(f'source: {built_in} brings its own splits and images; expected no split and no media root')
+    own = easy_vqa.splits() if built_in == EASY_VQA else scene_splits(scenes)
+    reports = {name: Report() for name in own}
+    return {name: _Split(built_in, _counted(found, reports[name]), reports[name]) for name, found in own.items()}
   if len(files) != len(splits) or len(set(splits)) < len(splits) or not files:
     raise ConfigError(
       f'split: expected a name of its own for each of {len(files)} source(s); found {", ".join(splits)}'
@@ -164,6 +174,12 @@ def _open(
   return found
 
 
+def _counted(found: Iterator[Record], report: Report) -> Iterator[Record]:
+  for record in found:
+    report.kept += 1
+    yield record
+
+
 def _checked(name: str, split: _Split, max_refused: float, progress: Progress) -> Iterator[Record]:
   """Passes records on; at their end, raises E_REFUSED if too many were refused."""
   yield from progress(split.records, name)
@@ -173,8 +189,8 @@ def _checked(name: str, split: _Split, max_refused: float, progress: Progress) -
 def _write_on_beam(
   directory: Path, found: dict[str, _Split], options: Sequence[str], max_refused: float, description: str
 ) -> None:
-  if EASY_VQA in (split.file for split in found.values()):
-    raise ConfigError(f'source: {EASY_VQA} is small and lies in a package; expected annotation files with Beam')
+  if built_in := next((split.file for split in found.values() if split.file in BUILT_IN), None):
+    raise ConfigError(f'source: {built_in} is no annotation file; expected annotation files with Beam')
   sources = {name: split.source for name, split in found.items()}
   reports = write_splits(directory, sources, description=description, options=options)
   for name, split in found.items():

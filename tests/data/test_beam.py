@@ -97,7 +97,7 @@ def test_nothing_to_prepare(root, small_blocks):
   )
   with pytest.raises(ConfigError) as error:
     prepare(['easy_vqa'], root / 'out', beam=LOCAL)
-  assert str(error.value) == ('source: easy_vqa is small and lies in a package; expected annotation files with Beam')
+  assert str(error.value) == ('source: easy_vqa is no annotation file; expected annotation files with Beam')
 
 
 def test_beam_is_an_extra(root, monkeypatch):
