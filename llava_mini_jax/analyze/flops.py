@@ -1,7 +1,12 @@
 """Matrix-multiply FLOPs (2 per multiply-add) of a step, by component, from the config alone.
 
 Counts every matmul including attention; the embedding lookup is free. The
-unembedding is counted on all positions. In the backward pass a product with a
+unembedding is counted on all positions. Beside this `full` convention stands
+the one of the paper's numbers, `calflops`: what calflops 0.3.2 counts of the
+released modules, that is no product of attention, every layer of the tower
+(the last one runs there, unused), and 5 FLOPs per element of a LayerNorm. The
+released pre-fusion also has a slot for the `<image>` placeholder. With 43 text
+tokens this gives the paper's Table 6 to the digit. In the backward pass a product with a
 weight costs once its forward FLOPs for the gradient of the weight, if it
 trains, and once for that of its input, if anything before it trains; a product
 of attention costs twice, if anything before it trains.
@@ -17,7 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, VisionConfig
+from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, VisionConfig, require_choice
+
+CONVENTIONS = ('full', 'calflops')
+_LAYER_NORM = 5.0  # FLOPs per element that calflops counts
 
 PEAK_FLOPS = {  # bf16, per device, as published by the makers
   'TPU v4': 275e12,
@@ -60,7 +68,12 @@ def _llama_layers(config: DecoderConfig, layers: int, tokens: int) -> np.ndarray
 def _vision(config: VisionConfig) -> np.ndarray:
   w, f, tokens = config.hidden_size, config.intermediate_size, config.num_patches + 1
   layers = config.run_layers * np.array([2.0 * tokens * (4 * w * w + 2 * w * f), 4.0 * tokens**2 * w])
-  return layers + (2 * config.num_patches * 3 * config.patch_size**2 * w, 0)
+  return layers + (_embedding(config), 0)
+
+
+def _embedding(config: VisionConfig) -> float:
+  """Of patches."""
+  return 2.0 * config.num_patches * 3 * config.patch_size**2 * config.hidden_size
 
 
 def _parts(
@@ -88,12 +101,67 @@ def _parts(
   )
 
 
-def forward_flops(config: LlavaMiniConfig, **sizes: int) -> Flops:
+def forward_flops(config: LlavaMiniConfig, *, convention: str = 'full', **sizes: int) -> Flops:
   """One forward pass over a Batch of these static sizes (padding included, as the device computes it).
 
-  sizes: rows, length, visuals, fused_text and, if several, views.
+  sizes: rows, length, visuals, fused_text and, if several, views. Raises ConfigError for another convention.
   """
-  return Flops(**{name: float(part.sum()) for name, part in _parts(config, **sizes).items()})
+  require_choice('convention', convention, CONVENTIONS)
+  parts = _parts(config, **sizes)
+  if convention == 'full':
+    return Flops(**{name: float(part.sum()) for name, part in parts.items()})
+  counted = {name: float(part[0]) for name, part in parts.items()}
+  images, views, vision = sizes['rows'] * sizes['visuals'], sizes.get('views', 1), config.vision
+  # Another layer counts as those that run; the norms: one before them and two in each.
+  per_layer = (float(_vision(vision)[0]) - _embedding(vision)) / max(1, vision.run_layers)
+  norms = _LAYER_NORM * (2 * vision.num_hidden_layers + 1) * (vision.num_patches + 1) * vision.hidden_size
+  counted['vision'] = images * views * (_embedding(vision) + vision.num_hidden_layers * per_layer + norms)
+  if config.compressor.kind == 'query' and config.compressor.attention == 'mha':
+    keys = vision.num_patches * (views if views == 1 else views - 1)
+    counted['compressor'] += images * _LAYER_NORM * (keys + config.compressor.grid**2) * config.compressor_width
+  return Flops(**counted)
+
+
+def prompt_sizes(
+  config: LlavaMiniConfig, text: int, *, visuals: int = 1, views: int = 1, convention: str = 'full'
+) -> dict[str, int]:
+  """`sizes` of one prompt without padding: so many visuals, all with the same `text` tokens (no `<image>` in them)."""
+  fused = text + (convention == 'calflops')
+  length = visuals * config.slots_per_visual(views) + text
+  return dict(rows=1, length=length, visuals=visuals, fused_text=fused, views=views)
+
+
+def prompt_flops(
+  config: LlavaMiniConfig, text: int, *, visuals: int = 1, views: int = 1, convention: str = 'full'
+) -> Flops:
+  """Prefill of a prompt; see `prompt_sizes`."""
+  sizes = prompt_sizes(config, text, visuals=visuals, views=views, convention=convention)
+  return forward_flops(config, convention=convention, **sizes)
+
+
+def later_question_flops(
+  config: LlavaMiniConfig, text: int, *, context: int, visuals: int = 1, views: int = 1, convention: str = 'full'
+) -> Flops:
+  """`text` more tokens about visuals whose keys and values are kept, as are those of `context` tokens of the decoder.
+
+  No vision token depends on the text, so only the new tokens run, through pre-fusion once for each visual.
+  """
+  require_choice('convention', convention, CONVENTIONS)
+  d, c = config.decoder, config.slots_per_visual(views)
+  learnt = config.compressor.kind != 'none' and config.prefusion.fuse_compressed
+
+  def layers(count: int, kept: int) -> float:
+    weights, own = _llama_layers(d, count, text)
+    seen = count * 4.0 * text * kept * d.num_attention_heads * d.head_dim
+    return float(weights + (own + seen if convention == 'full' else 0.0))
+
+  return Flops(
+    vision=0.0,
+    projector=0.0,
+    compressor=0.0,
+    prefusion=visuals * layers(config.prefusion.num_layers, views * config.vision.num_patches + c * learnt),
+    decoder=layers(d.num_hidden_layers, context) + unembedding_flops(config, text),
+  )
 
 
 def training_flops(
@@ -115,6 +183,45 @@ def training_flops(
       passes = before or name in trains or name in adapts
       total += weights * (1 + (name in trains) + passes) + attention * (1 + 2 * passes)
     before = before or here
+  return total
+
+
+def recomputed_flops(
+  config: LlavaMiniConfig, *, trains: Container[str], adapts: Container[str] = (), **sizes: int
+) -> float:
+  """What the layers of a training step compute again for the backward pass, by their `ScanConfig.remat`.
+
+  Products whose result the backward pass does not read, those with `down_proj` and of the tower's second MLP kernel,
+  are not repeated. Attention is counted as `jnp` computes it. Arguments as of `training_flops`.
+  """
+  d, v = config.decoder, config.vision
+  rows, views = sizes['rows'], sizes.get('views', 1)
+  images, learnt = rows * sizes['visuals'], config.compressor.kind != 'none' and config.prefusion.fuse_compressed
+  fused = views * v.num_patches + sizes['fused_text'] + learnt * config.slots_per_visual(views)
+  n, k, h = d.num_attention_heads, d.num_key_value_heads, d.head_dim
+  llama = dict(
+    qkv=d.hidden_size * h * (n + 2 * k), out=d.hidden_size * n * h, mlp=2 * d.hidden_size * d.intermediate_size
+  )
+  tower = dict(qkv=3 * v.hidden_size**2, out=v.hidden_size**2, mlp=v.hidden_size * v.intermediate_size)
+  stations = (
+    ('vision', images * views, v.run_layers, v.num_patches + 1, tower, v.hidden_size),
+    ('prefusion', images, config.prefusion.num_layers, fused, llama, n * h),
+    ('decoder', rows, d.num_hidden_layers, sizes['length'], llama, n * h),
+  )
+  total, passes = 0.0, False
+  for name, sequences, layers, tokens, kernels, width in stations:
+    early = ('projector', 'compressor') if name == 'prefusion' else ()
+    passes = passes or any(part in trains or part in adapts for part in (name, *early))
+    scores = 2.0 * tokens**2 * width
+    projections = 2.0 * tokens * (kernels['out'] + kernels['mlp'])
+    again = {
+      'none': 0.0,
+      'dots': scores,
+      'projections': projections + scores,
+      'attention': projections + scores + 2.0 * tokens * kernels['qkv'],
+      'full': projections + 2 * scores + 2.0 * tokens * kernels['qkv'],
+    }
+    total += passes * sequences * layers * again[config.scan.of(name).remat]
   return total
 
 

@@ -1,0 +1,96 @@
+"""Bytes that a model takes on the device, from the config alone: weights, what an image leaves behind, activations.
+
+The paper's 358 MB and 0.6 MB per image are not of keys and values alone (288 and 0.5 MiB): they come out as MiB if the
+float32 logits of every prompt token are kept too, as `transformers` 4.43 does. That reading is inferred; the paper does
+not say it. Here a decode needs the logits of the last position only, so `logits='last'` counts none per image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, require_choice
+from llava_mini_jax.train.tree import parameter_shapes
+
+MIB, GIB = 2**20, 2**30
+LOGITS = ('all', 'last')
+STATIONS = ('vision', 'projector', 'compressor', 'prefusion', 'decoder')
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMemory:
+  """Bytes that one image or frame leaves in memory after the prefill."""
+
+  cache: int  # keys and values of its tokens in the decoder
+  logits: int  # float32, of those tokens
+
+  @property
+  def total(self) -> int:
+    return self.cache + self.logits
+
+
+def cache_bytes_per_token(config: DecoderConfig, element_bytes: int = 2) -> int:
+  """Keys and values of one token in all layers of the decoder."""
+  return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
+
+
+def image_memory(
+  config: LlavaMiniConfig, *, views: int = 1, logits: str = 'last', element_bytes: int = 2
+) -> ImageMemory:
+  """Args: logits: all = kept for every prompt token; last = for none of an image. Raises ConfigError for another."""
+  require_choice('logits', logits, LOGITS)
+  tokens = config.slots_per_visual(views)
+  kept = 4 * config.decoder.vocab_size if logits == 'all' else 0
+  return ImageMemory(tokens * cache_bytes_per_token(config.decoder, element_bytes), tokens * kept)
+
+
+def session_bytes(config: LlavaMiniConfig, *, views: int = 1, element_bytes: int = 2) -> int:
+  """Of one visual whose later questions cost no second look: pre-fusion's keys and values, the decoder's besides."""
+  learnt = config.compressor.kind != 'none' and config.prefusion.fuse_compressed
+  fused = views * config.vision.num_patches + learnt * config.slots_per_visual(views)
+  layers = dataclasses.replace(config.decoder, num_hidden_layers=max(1, config.prefusion.num_layers))
+  kept = fused * cache_bytes_per_token(layers, element_bytes) if config.prefusion.num_layers else 0
+  return kept + image_memory(config, views=views, element_bytes=element_bytes).cache
+
+
+def weight_bytes(config: LlavaMiniConfig, element_bytes: int = 2) -> dict[str, int]:
+  """By component; those that this configuration does not have are left out."""
+  found = dict.fromkeys(STATIONS, 0)
+  for path, shape in parameter_shapes(config).items():
+    found[path.split('/')[0]] += math.prod(shape) * element_bytes
+  return {name: size for name, size in found.items() if size}
+
+
+def video_bytes(config: LlavaMiniConfig, frames: int, *, logits: str = 'last', element_bytes: int = 2) -> int:
+  """Weights and what `frames` frames leave behind. Frames are encoded one after the other (`visual_chunk`)."""
+  frame = image_memory(config, logits=logits, element_bytes=element_bytes)
+  return sum(weight_bytes(config, element_bytes).values()) + frames * frame.total
+
+
+def kept_activation_bytes(config: LlavaMiniConfig, *, element_bytes: int = 2, **sizes: int) -> dict[str, int]:
+  """What the layers of pre-fusion and decoder keep for the backward pass, by `ScanConfig.remat`.
+
+  Args:
+    sizes: rows, length, visuals, fused_text and, if several, views, as of `flops.forward_flops`.
+  Returns:
+    {'prefusion', 'decoder'}: bytes. Whatever is outside of the layers (logits, the frozen tower) is not in them.
+  Raises:
+    ConfigError: remat `dots` or `none`, which keep what only the compiled program shows (launch/compile_tpu.py).
+  """
+  d = config.decoder
+  learnt = config.compressor.kind != 'none' and config.prefusion.fuse_compressed
+  views = sizes.get('views', 1)
+  fused = views * config.vision.num_patches + sizes['fused_text'] + learnt * config.slots_per_visual(views)
+  tokens = dict(
+    prefusion=config.prefusion.num_layers * sizes['rows'] * sizes['visuals'] * fused,
+    decoder=d.num_hidden_layers * sizes['rows'] * sizes['length'],
+  )
+  context, projections = d.num_attention_heads * d.head_dim, 2 * d.num_key_value_heads * d.head_dim
+  kept = {}
+  for name, count in tokens.items():
+    remat = config.scan.of(name).remat
+    require_choice(f'{name} remat', remat, ('full', 'attention', 'projections'))
+    width = d.hidden_size + (remat != 'full') * context + (remat == 'projections') * (context + projections)
+    kept[name] = count * width * element_bytes
+  return kept
