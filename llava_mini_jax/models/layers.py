@@ -182,18 +182,20 @@ class LlamaAttention(nnx.Module):
     Returns:
       [B L D], and the keys and values attended to.
     """
-    q = linear(x, self.q_proj[...])
-    k = linear(x, self.k_proj[...])
-    v = linear(x, self.v_proj[...])
-    q, k = rotate(q, rope), rotate(k, rope)  # [B L N H], [B L K H]
-    q, k, v = (checkpoint_name(x, PROJECTION) for x in (q, k, v))
-    q = constrain(q, 'batch', 'length', 'act_heads', None)
+    q, k, v = self.heads(x, rope)
     if cache is not None:
       keys, values, slots = cache
       write = jax.vmap(lambda store, at, new: store.at[at].set(new.astype(store.dtype), mode='drop'))
       k, v = write(keys, slots, k), write(values, slots, v)
     y = attend(q, k.astype(x.dtype), v.astype(x.dtype), mask)
     return linear(y, self.o_proj[...], inputs=2), (k, v)
+
+  def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B L D] -> rotated queries [B L N H] and keys [B L K H], and values [B L K H]."""
+    q, k, v = (linear(x, kernel[...]) for kernel in (self.q_proj, self.k_proj, self.v_proj))
+    q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = (checkpoint_name(x, PROJECTION) for x in (q, k, v))
+    return constrain(q, 'batch', 'length', 'act_heads', None), k, v
 
 
 class LlamaMLP(nnx.Module):
