@@ -10,11 +10,16 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from llava_mini_jax.analyze import cost_report
 from llava_mini_jax.analyze.samples import sample_sheet
 from llava_mini_jax.cli import launch
 from llava_mini_jax.config import ConfigError, require_choice
+from llava_mini_jax.experiment import Experiment
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='flops: experiment, FILE.py or FILE.py:arguments.')
+_TEXT = flags.DEFINE_integer(
+  'text', cost_report.PAPER_TEXT, 'flops: tokens of the instruction; 43 are those of the paper.', lower_bound=1
+)
 _DATASET = flags.DEFINE_string('dataset', None, 'samples: prepared dataset.')
 _SPLIT = flags.DEFINE_string('split', 'test', 'samples: split of the dataset.')
 _OUT = flags.DEFINE_string('out', None, 'samples: PNG to write. flops: directory of the pictures; none = no pictures.')
@@ -27,7 +32,18 @@ def _samples() -> str:
   return f'written to {_OUT.value}'
 
 
-COMMANDS = {'samples': _samples}
+def _flops() -> str:
+  if _CONFIG.value is None:
+    raise ConfigError('flops: expected --config; found none')
+  experiment = Experiment.from_dict(_CONFIG.value)
+  text = cost_report.describe(experiment, _TEXT.value)
+  if not _OUT.value:
+    return text
+  paths = cost_report.pictures(experiment.model, _TEXT.value, Path(_OUT.value))
+  return '\n'.join([text, '', *(f'written: {path}' for path in paths)])
+
+
+COMMANDS = {'flops': _flops, 'samples': _samples}
 
 
 def main(words: Sequence[str]) -> None:
