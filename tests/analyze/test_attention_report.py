@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_run import REPOSITORY, environment, make_dataset, trained
 
 from llava_mini_jax.analyze.attention import AttentionSums
 from llava_mini_jax.analyze.attention_report import windows, write_attention, write_compressor, write_dropped
@@ -72,3 +75,27 @@ def test_where_the_queries_look(tmp_path):
     np.argwhere(yellow[:, : int(0.8 * below.shape[1])]),
   )
   assert first[:, 0].mean() < second[second[:, 1] > 0.4 * below.shape[1]][:, 0].mean()
+
+
+def test_a_run(tmp_path, tmp_path_factory):
+  """Everything is written, and what is written says the numbers that the model gives."""
+  base = tmp_path_factory.getbasetemp()
+  words = [f'--workdir={trained(base)}', f'--dataset={make_dataset(base)}', '--split=train', f'--out={tmp_path}']
+  sizes = ['--samples=8', '--batch_size=4']
+  done = subprocess.run(
+    [sys.executable, '-m', 'llava_mini_jax.analyze', 'attention', *words, *sizes],
+    cwd=REPOSITORY,
+    env=environment(devices=1),
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == f'written to {tmp_path}/README.md\n'
+  names = {path.name for path in tmp_path.iterdir()}
+  drawn = {'flow', 'entropy', 'dropped', 'compressor'}  # one vision token has no map
+  assert names == {'README.md', 'map.csv', *(f'{n}.{kind}' for n in drawn for kind in ('csv', 'png'))}
+  flow = rows(tmp_path / 'flow.csv')
+  of_first_text = [float(row['attention']) for row in flow if row['layer'] == '0' and row['from'] == 'response']
+  assert 0.9 < sum(of_first_text) < 1.1 and all(row['answers'] == '8' for row in rows(tmp_path / 'dropped.csv'))
+  text = (tmp_path / 'README.md').read_text()
+  assert text.startswith('# Where the model looks\n\n8 questions of ') and 'map.png' not in text

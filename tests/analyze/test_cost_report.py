@@ -86,9 +86,10 @@ def test_commands(tmp_path, tmp_path_factory):
 
 def test_mistakes():
   mistakes = {
-    'flop': "error: analyze: expected one of flops, samples; found 'flop'",
+    'flop': "error: analyze: expected one of attention, flops, samples; found 'flop'",
     'flops': 'error: flops: expected --config; found none',
     'samples': 'error: samples: expected --dataset and --out; found one or none',
+    'attention': 'error: attention: expected --workdir, --dataset and --out; found some or none of them',
   }
   processes = [command(word) for word in mistakes]
   for process, message in zip(processes, mistakes.values(), strict=True):
