@@ -1,4 +1,4 @@
-"""What travels between the stations: the Batch and the key/value cache."""
+"""What travels between the stations: the Batch, what was seen of visuals, and the key/value cache."""
 
 from __future__ import annotations
 
@@ -53,3 +53,13 @@ class KVCache:
   keys: Array  # [layer B S K H], rotary embedding applied
   values: Array  # [layer B S K H]
   length: Array  # int32[B]; valid slots of each row
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """Visuals as text finds them: nothing of it depends on the text, so it serves every question about them."""
+
+  compressed: Array  # [n C D]; what goes into their slots
+  keys: Array  # [layer n S K H]; of the S = P' + C vision tokens in every pre-fusion layer, rotary embedding applied
+  values: Array  # [layer n S K H]

@@ -19,7 +19,7 @@ from llava_mini_jax.models.prefusion import Prefusion
 from llava_mini_jax.models.projector import Projector
 from llava_mini_jax.models.vision import VisionTower
 from llava_mini_jax.sharding import constrain
-from llava_mini_jax.types import Batch
+from llava_mini_jax.types import Batch, Seen
 
 
 def to_raster(crops: jax.Array) -> jax.Array:
@@ -172,6 +172,22 @@ class LlavaMini(nnx.Module):
       branch_ids = jnp.pad(branch_ids, ((0, 0), (seen, 0)))
     x = self.prefusion(constrain(x, 'batch', 'length', 'act_embed'), valid, branch_ids)
     return x[:, seen - compressed.shape[1] : seen] if fuse_compressed else compressed, x[:, seen:]
+
+  def see_once(self, features: jax.Array) -> Seen:
+    """Features [n V P W] -> what any text finds of these visuals: the part of `fuse` before the text."""
+    patches, compressed = self.compress(features)
+    if not self.config.prefusion.num_layers:
+      nothing = jnp.zeros((0, len(features), 0, self.config.decoder.num_key_value_heads, 1), self.dtype)
+      return Seen(compressed, nothing, nothing)
+    fuse_compressed = self.config.prefusion.fuse_compressed
+    separate = fuse_compressed and self.config.compressor.kind != 'none'
+    x = jnp.concatenate([patches, compressed], axis=1) if separate else patches
+    x, keys, values = self.prefusion.see(constrain(x, 'batch', 'length', 'act_embed'))
+    return Seen(x[:, -compressed.shape[1] :] if fuse_compressed else compressed, keys, values)
+
+  def read(self, text: jax.Array, seen: Seen) -> jax.Array:
+    """Raw embeddings [n T D], each row with its visual -> fused text [n T D], as `fuse` gives it. Padding comes last."""
+    return self.prefusion.read(text, seen.keys, seen.values) if self.config.prefusion.num_layers else text
 
 
 def sum_at(fused: jax.Array, fuse_index: jax.Array, length: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 The sequence is [patches; compressed; text], causal, with rotary positions
 counted over its valid slots; there is no final norm. Vision comes first, so
-nothing of it depends on the text.
+nothing of it depends on the text: `see` and `read` are `__call__` cut between the two.
 """
 
 from __future__ import annotations
@@ -53,3 +53,27 @@ class Prefusion(nnx.Module):
 
     x, hidden = scan_layers(body, x, self.layers, self.scan)
     return (x, hidden) if return_hidden else x
+
+  def see(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Vision tokens [B S D], all valid -> [B S D], and the keys and values [layer B S K H] that text attends to."""
+    segments = jnp.ones(x.shape[:2], jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    rope = rope_tables(positions, self.decoder_config)
+    mask = AttentionMask(segments, segments).resolve(self.attention, self.decoder_config.head_dim)
+    x, (keys, values) = scan_layers(lambda x, layer: layer(x, rope, mask), x, self.layers, self.scan)
+    return x, keys, values
+
+  def read(self, text: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Text [B T D] after the vision tokens that `see` was given: [B T D]. Padding comes last, and means nothing."""
+    (rows, length), seen = text.shape[:2], keys.shape[2]
+    positions = jnp.broadcast_to(seen + jnp.arange(length), (rows, length))
+    rope = rope_tables(positions, self.decoder_config)
+    mask = (jnp.arange(seen + length) <= positions[:, :, None])[:, None]
+
+    def body(x, layer_and_cache):
+      layer, keys, values = layer_and_cache
+      room = ((0, 0), (0, length), (0, 0), (0, 0))
+      x, _ = layer(x, rope, mask, (jnp.pad(keys, room), jnp.pad(values, room), positions))
+      return x, None
+
+    return scan_layers(body, text, (self.layers, keys, values), self.scan)[0]
