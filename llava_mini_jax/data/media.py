@@ -55,4 +55,8 @@ class MediaProcessor:
 
   def views(self, visual: np.ndarray | Image.Image) -> np.ndarray:
     """uint8[h w 3] -> uint8[V size size 3]."""
-    return self.images(visual if isinstance(visual, Image.Image) else Image.fromarray(visual))
+    return self.images(as_image(visual))
+
+
+def as_image(visual: np.ndarray | Image.Image) -> Image.Image:
+  return visual if isinstance(visual, Image.Image) else Image.fromarray(visual)

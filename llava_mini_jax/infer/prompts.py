@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import transformers
@@ -13,9 +13,12 @@ from PIL import Image
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.data.conversation import Encoded, Turn, encode, load_template
 from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.images import ImageProcessor
 from llava_mini_jax.data.inputs import media_processor
+from llava_mini_jax.data.media import as_image
 from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.experiment import Experiment
+from llava_mini_jax.infer.visuals import Visuals
 from llava_mini_jax.types import IMAGE_TOKEN_ID, Batch
 
 _LENGTH_STEP = 16
@@ -26,9 +29,21 @@ class Prompt:
   """A conversation that ends with a question."""
 
   turns: Sequence[Turn]
-  # for each `<image>` and `<video>` what stands for it: one image or a video's frames, RGB, uint8[h w 3]
-  media: Sequence[Sequence[np.ndarray | Image.Image]] = ()
+  # for each `<image>` and `<video>` what stands for it: one image or a video's frames, RGB, uint8[h w 3], or what the
+  # engine has kept of them
+  media: Sequence[Sequence[np.ndarray | Image.Image] | Visuals] = ()
   name: str = 'prompt'  # names it in errors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Laid:
+  """One prompt as the model reads it, without padding."""
+
+  name: str
+  tokens: np.ndarray  # int32[n]; 0 in vision slots
+  slots: np.ndarray  # int32[M C]; where in `tokens` the compressed tokens of each visual go
+  fused: np.ndarray  # int32[t]; where the text tokens lie that are fused with every visual
+  media: Sequence[Sequence[np.ndarray] | Visuals]  # by tag; uint8 or float32[V size size 3] each
 
 
 def prompt_shape(model: LlavaMiniConfig, *, length: int, text: int, visuals: int, views: int = 1) -> RowShape:
@@ -115,22 +130,48 @@ class PromptEncoder:
     built += [built[-1]] * (rows - len(built))
     return Batch(**{key: np.stack([row[key] for row in built]) for key in built[0]})
 
+  def lay(self, prompt: Prompt, grid: int = 0) -> Laid:
+    """A prompt with its media made ready for the tower.
+
+    grid: as `DataConfig.grid`, of this prompt's images; 0 = the experiment's.
+
+    Raises DataError as `encode` and `build_row`.
+    """
+    images = self._images(grid)
+    encoded, visuals = self.encode(prompt), sum(map(len, prompt.media))
+    length = self._model.slots_per_visual(images.views) * visuals + _text_tokens(encoded)
+    sizes = dict(visuals=max(1, visuals), fused_text=len(encoded.ids), views=images.views)
+    fields = self._fields(prompt, encoded, RowShape.for_model(self._model, length=length, **sizes))
+    fused = fields['fuse_index'][0, fields['fuse_mask'][0]]
+    media = [some if isinstance(some, Visuals) else list(self.views(some, grid)) for some in prompt.media]
+    return Laid(prompt.name, fields['tokens'], fields['slot_index'][:visuals], fused, media)
+
+  def views(self, media: Iterable[np.ndarray | Image.Image], grid: int = 0) -> Iterator[np.ndarray]:
+    """What the tower sees of each, uint8[V size size 3], as it comes; grid as in `lay`."""
+    return map(self._images(grid), map(as_image, media))
+
+  def _images(self, grid: int) -> ImageProcessor:
+    return dataclasses.replace(self.media.images, grid=grid) if grid else self.media.images
+
   def _row(self, prompt: Prompt, encoded: Encoded, shape: RowShape) -> dict[str, np.ndarray]:
-    nothing_learnt = np.zeros(len(encoded.ids), bool)
-    row = build_row(
+    row = self._fields(prompt, encoded, shape)
+    size = self.media.images.size
+    row['pixels'] = np.zeros((shape.visuals, self.media.images.views, size, size, 3), np.uint8)
+    for i, visual in enumerate(itertools.chain.from_iterable(prompt.media)):
+      row['pixels'][i] = self.media.views(visual)
+    return row
+
+  def _fields(self, prompt: Prompt, encoded: Encoded, shape: RowShape) -> dict[str, np.ndarray]:
+    """All but the pixels."""
+    return build_row(
       encoded.ids,
-      nothing_learnt,
+      np.zeros(len(encoded.ids), bool),
       shape,
       where=prompt.name,
       visuals_per_tag=[len(visuals) for visuals in prompt.media],
       fuse=None if self._model.prefusion.fuse_history_answers else ~encoded.assistant,
       fuse_token_zero=self._model.prefusion.fuse_token_zero,
     )
-    size = self.media.images.size
-    row['pixels'] = np.zeros((shape.visuals, self.media.images.views, size, size, 3), np.uint8)
-    for i, visual in enumerate(itertools.chain.from_iterable(prompt.media)):
-      row['pixels'][i] = self.media.views(visual)
-    return row
 
 
 def _text_tokens(encoded: Encoded) -> int:

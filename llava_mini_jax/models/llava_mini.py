@@ -186,7 +186,7 @@ class LlavaMini(nnx.Module):
     return Seen(x[:, -compressed.shape[1] :] if fuse_compressed else compressed, keys, values)
 
   def read(self, text: jax.Array, seen: Seen) -> jax.Array:
-    """Raw embeddings [n T D], each row with its visual -> fused text [n T D], as `fuse` gives it. Padding comes last."""
+    """Raw embeddings [n T D], each with its visual -> fused text [n T D], as `fuse` gives it. Padding comes last."""
     return self.prefusion.read(text, seen.keys, seen.values) if self.config.prefusion.num_layers else text
 
 

@@ -1,4 +1,4 @@
-"""Sampling against a reference written in NumPy, one slot at a time; and draws that are those of their probabilities."""
+"""Sampling against a reference in NumPy, one slot at a time: which tokens are left, and how often each is drawn."""
 
 from __future__ import annotations
 
