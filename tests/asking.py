@@ -40,7 +40,7 @@ def loaded(config: Experiment, tokenizer: transformers.PreTrainedTokenizerFast, 
   """With weights large enough for answers to be long and odd."""
   mesh = mesh or one_device()
   graphdef, leaves = sharded_model(config.model, mesh)
-  params = {path: jax.device_put(3 * x, leaves[path].sharding) for path, x in random_params(config.model).items()}
+  params = {path: jax.device_put(2 * x, leaves[path].sharding) for path, x in random_params(config.model).items()}
   return Loaded(config, tokenizer, graphdef, unflatten(params), mesh, 0)
 
 

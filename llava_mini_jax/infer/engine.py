@@ -22,7 +22,7 @@ from llava_mini_jax.data.conversation import end_of_turn, load_template
 from llava_mini_jax.infer.core import Core, Memory
 from llava_mini_jax.infer.load import Loaded, load_run
 from llava_mini_jax.infer.prompts import Prompt, PromptEncoder
-from llava_mini_jax.infer.sampling import Sampling
+from llava_mini_jax.infer.sampling import DEFAULT, Sampling
 from llava_mini_jax.infer.stream import Answer, Stream
 from llava_mini_jax.infer.visuals import Visuals
 from llava_mini_jax.sharding import make_mesh
@@ -33,7 +33,7 @@ class Request:
   """A conversation that ends with a question, and how it is to be answered."""
 
   prompt: Prompt
-  sampling: Sampling = Sampling()
+  sampling: Sampling = DEFAULT
   grid: int = 0  # as `DataConfig.grid`, of this one's images; 0 = the experiment's
 
 

@@ -68,6 +68,9 @@ def _expect(field: str, expected: str, found: object, holds: bool) -> None:
     raise ConfigError(f'Sampling.{field}: expected {expected}; found {found!r}')
 
 
+DEFAULT = Sampling()
+
+
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclasses.dataclass(frozen=True)
 class Controls:

@@ -48,7 +48,7 @@ class Visuals:
   """What stands for one `<image>` or `<video>` tag.
 
   Attributes:
-    uid: another one for every object. fused: of the last question.
+    uid: another one for every object. fused: of the last question. of_video: whether `<video>` stands for them.
   """
 
   def __init__(self, encode: Callable, see: Callable, sizes: Callable[[int], int], chunk: int, keep: str):
@@ -62,7 +62,7 @@ class Visuals:
     """
     require_choice('keep', keep, KEEP)
     self._encode, self._see, self._sizes, self._chunk, self.keep = encode, see, sizes, chunk, keep
-    self.uid, self.fused = next(_ids), None
+    self.uid, self.fused, self.of_video = next(_ids), None, False
     self._compressed: list[np.ndarray] = []  # [C D] each
     self._kept: list[np.ndarray] = []  # of each visual its features [V P W] or pixels
     self._chunks: list[Chunk] = []
@@ -76,15 +76,15 @@ class Visuals:
     while some := list(itertools.islice(views, self._chunk)):
       pixels = self._padded(some)
       if self.keep == 'features':
-        features = np.asarray(self._encode(pixels))
-        self._kept += list(features[: len(some)])
-        pixels = features
+        pixels = np.array(self._encode(pixels))
+        self._kept += list(pixels[: len(some)])
       elif self.keep == 'pixels':
         self._kept += some
       seen = self._see(pixels)
       if self.keep == 'seen':
         self._chunks.append(Chunk(len(some), seen))
-      self._compressed += list(np.asarray(seen.compressed)[: len(some)])
+      # A copy: on CPUs a view would keep the device's array.
+      self._compressed += list(np.array(seen.compressed)[: len(some)])
 
   def compressed(self) -> np.ndarray:
     """[M C D]."""
