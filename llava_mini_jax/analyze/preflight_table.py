@@ -94,7 +94,7 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
   """A row per cell, and per model and topology the hours of both stages."""
   compilers = sorted({', '.join(f'{n} {v}' for n, v in found['versions'].items()) for found in table.values()})
   lines = [
-    f'Compiled with {"; ".join(compilers)}.',
+    f'{len(table)} of {len(cells(MODELS, STAGES, TOPOLOGIES))} cells, compiled with {"; ".join(compilers)}.',
     '',
     '| model | stage | chips | remat | GiB per chip | predicted ms (full overlap to none) | MFU | rows/s per chip '
     '| hours |',

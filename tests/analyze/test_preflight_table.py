@@ -85,7 +85,7 @@ def test_the_documents_table():
     'vicuna_13b stage2 v5e-64': result(fits=False),
   }
   lines = markdown(table).splitlines()
-  assert lines[0] == 'Compiled with jax 1.0.'
+  assert lines[0] == '3 of 36 cells, compiled with jax 1.0.'
   assert lines[4:7] == [
     '| vicuna_7b | stage1 | v5e-64 | full | 5.0 of 16.0 | 2000 (1000 to 4000) | 0.500 | 2.00 | 1.2 |',
     '| vicuna_7b | stage2 | v5e-64 | full | 5.0 of 16.0 | 3000 (1500 to 6000) | 0.500 | 1.33 | 4.3 |',
