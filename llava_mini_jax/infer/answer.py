@@ -1,16 +1,15 @@
-"""Answers: whole and batched, or one token at a time."""
+"""Answers of all processes of a run, batch by batch: for evaluation. One process asks through `engine`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from llava_mini_jax.data.conversation import end_of_turn, load_template
-from llava_mini_jax.infer.generate import decode_step, generate, prefill
+from llava_mini_jax.infer.generate import generate
 from llava_mini_jax.infer.load import Loaded
 from llava_mini_jax.infer.prompts import Prompt, PromptEncoder
 from llava_mini_jax.sharding import batch_sharding, check_batch, replicated, use_mesh
@@ -25,16 +24,10 @@ class Answerer:
     self.run, self.max_new_tokens = run, max_new_tokens
     self.encoder = PromptEncoder(run.experiment, run.tokenizer)
     graphdef = run.graphdef
-    self._end = eos_id = end_of_turn(run.tokenizer, load_template(run.experiment.data.template))
+    eos_id = end_of_turn(run.tokenizer, load_template(run.experiment.data.template))
     self._generate = jax.jit(
       lambda params, batch: generate(merge(graphdef, params), batch, max_new_tokens=max_new_tokens, eos_id=eos_id),
       out_shardings=replicated(run.mesh),  # every process reads all answers
-    )
-    self._prefill = jax.jit(
-      lambda params, batch, slots: prefill(merge(graphdef, params), batch, slots), static_argnums=2
-    )
-    self._decode = jax.jit(
-      lambda params, token, cache: decode_step(merge(graphdef, params), token, cache), donate_argnums=2
     )
 
   def answers(self, prompts: Sequence[Prompt], *, batch_size: int) -> Iterator[str]:
@@ -61,29 +54,6 @@ class Answerer:
       waiting = ids, count
     if waiting:
       yield from self._texts(*waiting)
-
-  def stream(self, prompt: Prompt) -> Iterator[str]:
-    """The answer in pieces of text, as they are decoded. Raises DataError for a bad prompt."""
-    batch = self._batch([prompt], rows=1)
-    shown, ids = '', []
-    with use_mesh(self.run.mesh):
-      logits, cache = self._prefill(self.run.params, batch, batch.tokens.shape[1] + self.max_new_tokens)
-    for _ in range(self.max_new_tokens):
-      token = jnp.argmax(logits, -1).astype(jnp.int32)
-      ids.append(int(token[0]))
-      if ids[-1] == self._end:
-        break
-      text = self._decode_text(ids)
-      if not text.endswith('\ufffd'):  # the rest of a character is still to come
-        yield text[len(shown) :]
-        shown = text
-      with use_mesh(self.run.mesh):
-        logits, cache = self._decode(self.run.params, token, cache)
-    yield self._decode_text(ids)[len(shown) :]
-
-  def _batch(self, prompts: Sequence[Prompt], *, rows: int) -> Batch:
-    encoded = [self.encoder.encode(prompt) for prompt in prompts]
-    return self.encoder.batch(prompts, encoded, self.encoder.shape(self.encoder.sizes(prompts, encoded)), rows=rows)
 
   def _own_batch(self, prompts: Sequence[Prompt], start: int, count: int, *, rows: int) -> Batch:
     """The global batch of `count` prompts from `start` on, of which this process reads what its devices hold."""

@@ -27,6 +27,8 @@ from llava_mini_jax.infer.stream import Answer, Stream
 from llava_mini_jax.infer.visuals import Visuals
 from llava_mini_jax.sharding import make_mesh
 
+_LENGTH = 2048
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -44,16 +46,18 @@ class Engine:
     run: the model. encoder: with `encoder.media`, which reads files as the model was trained. core: slots and programs.
   """
 
-  def __init__(self, run: Loaded, *, slots: int = 8, max_length: int = 1024, visual_chunk: int = 8):
+  def __init__(self, run: Loaded, *, slots: int = 8, max_length: int = 0, visual_chunk: int = 8):
     """
     Args:
-      slots: answers that are decoded together. max_length: most tokens of a prompt, with vision slots, and its answer.
+      slots: answers that are decoded together. max_length: most tokens of a prompt, with vision slots, and its answer;
+        0 = 2,048, or as many as the decoder has positions.
       visual_chunk: most images or frames that are encoded together.
     Raises:
       MeshError: slots or visual_chunk do not divide over data × fsdp.
       ConfigError: a max_length that the decoder has no positions for, or a template without an end of turn.
     """
     most = run.experiment.model.decoder.max_position_embeddings
+    max_length = max_length or min(_LENGTH, most)
     if not 1 < max_length <= most:
       raise ConfigError(
         f'Engine.max_length: expected 2 to {most}, the decoder.max_position_embeddings; found {max_length}'

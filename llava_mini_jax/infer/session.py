@@ -94,7 +94,7 @@ class Session:
 
   def _submit(self, question: str, sampling: Sampling, remember: bool) -> tuple[Stream, list[Turn]]:
     if found := MEDIA_TAG.search(question):
-      raise DataError('E_IMAGE_TAGS', self._name, f'expected no {found[0]}: what is shown has its tag; found one')
+      raise DataError('E_IMAGE_TAGS', self._name, f'expected no {found[0]}: the image is shown already; found one')
     turns = [*self.turns, {'role': 'user', 'content': self._new_tags + question}]
     request = Request(Prompt(turns, self._media, self._name), sampling)
     return self._engine.submit(request, self.memory if remember else None), turns

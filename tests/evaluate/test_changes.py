@@ -19,6 +19,7 @@ from llava_mini_jax.convert.tensor_writer import Planned
 from llava_mini_jax.evaluate.run import evaluate
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.infer.answer import Answerer
+from llava_mini_jax.infer.engine import Engine
 from llava_mini_jax.infer.load import CHANGEABLE, change_experiment, load_run
 from llava_mini_jax.infer.prompts import Prompt
 from llava_mini_jax.sharding import make_mesh
@@ -147,12 +148,11 @@ def test_a_run_is_asked_with_the_changes(workdir, mesh, tmp_path):
   prompt = Prompt([{'role': 'user', 'content': '<image>\ncolor?'}], [[np.zeros((16, 24, 3), np.uint8)]])
   shapes, dtypes = [], []
   for asked in (plain, run):
-    answerer = Answerer(asked, max_new_tokens=1)
-    batch = answerer._batch([prompt], rows=1)
-    _, cache = jax.eval_shape(lambda params, batch, a=answerer: a._prefill(params, batch, 64), asked.params, batch)
-    shapes.append((batch.pixels.shape, int(batch.segment_ids.sum())))
-    dtypes.append(cache.keys.dtype)
-  assert [shape[0] for shape in shapes] == [(1, 1, 1, 16, 16, 3), (1, 1, 5, 16, 16, 3)]
+    engine = Engine(asked, slots=1, max_length=64)
+    laid = engine.encoder.lay(prompt)
+    shapes.append((laid.media[0][0].shape, len(laid.tokens)))
+    dtypes.append(engine.core.state.cache.keys.dtype)
+  assert [shape[0] for shape in shapes] == [(1, 16, 16, 3), (5, 16, 16, 3)]
   assert shapes[1][1] < shapes[0][1]  # `qa` writes nothing around a question
   assert dtypes == ['float32', 'bfloat16']
 

@@ -20,8 +20,10 @@ from llava_mini_jax.data.images import PAD_COLOR
 from llava_mini_jax.evaluate.contact_sheet import RIGHT, WRONG
 from llava_mini_jax.evaluate.run import describe, evaluate
 from llava_mini_jax.infer.answer import Answerer
+from llava_mini_jax.infer.engine import Engine, Request
 from llava_mini_jax.infer.load import load_run
 from llava_mini_jax.infer.prompts import Prompt
+from llava_mini_jax.infer.sampling import Sampling
 from llava_mini_jax.sharding import MeshError, make_mesh
 from llava_mini_jax.train.errors import CheckpointError
 
@@ -241,11 +243,11 @@ def test_batches_do_not_matter(asked):
   assert list(who.answers(prompts()[::-1], batch_size=3)) == one[::-1]
 
 
-def test_a_stream_is_the_answer(asked):
-  """Padded to its own length, too, not to that of the longest of several."""
+def test_the_engine_says_the_same(asked):
   who, one = asked
-  for prompt, answer in list(zip(prompts(), one, strict=True))[:2]:
-    assert ''.join(who.stream(prompt)) == answer, prompt.name
+  engine = Engine(who.run, slots=4, max_length=128)
+  answers = engine.generate([Request(prompt, Sampling(max_new_tokens=who.max_new_tokens)) for prompt in prompts()])
+  assert [answer.text for answer in answers] == one
 
 
 def test_what_was_learnt_is_answered(answerer):
@@ -263,23 +265,7 @@ def test_devices_do_not_matter(answerer, evaluated):
   assert found == [row['answer'] for row in evaluated[0]['real'][1]]
 
 
-@pytest.mark.parametrize(('text', 'ends'), [('naïve 日本 red', True), ('日本', False), ('a  b', True)])
-def test_a_stream_never_cuts_a_character(answerer, text, ends):
-  """Each byte of these characters is a token; a stub says them one by one, with EOS or until there is no room."""
-  tokenizer = answerer.run.tokenizer
-  ids = tokenizer.encode(text) + [tokenizer.eos_token_id] * ends
-  stub = copy.copy(answerer)
-  stub.max_new_tokens = len(ids)
-  logits = jax.nn.one_hot(np.array([[token] for token in [*ids, 0]]), 512)
-  stub._prefill = lambda params, batch, slots: (logits[0], 1)
-  stub._decode = lambda params, token, at: (logits[at], at + 1)
-  pieces = list(stub.stream(prompts()[0]))
-  assert ''.join(pieces) == text
-  assert not any('\ufffd' in piece for piece in pieces)
-  assert len([piece for piece in pieces if piece]) > 1
-
-
-@pytest.mark.parametrize('ask', [lambda a, p: list(a.answers([p], batch_size=1)), lambda a, p: list(a.stream(p))])
+@pytest.mark.parametrize('ask', [lambda a, p: list(a.answers([p], batch_size=1)), lambda a, p: a.encoder.lay(p)])
 @pytest.mark.parametrize(
   ('prompt', 'message'),
   [

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from asking import loaded
 from small_model import quick_jit, random_params, with_params
 from tiny_run import COLORS, experiment, make_dataset, picture
 
@@ -23,6 +24,7 @@ from llava_mini_jax.evaluate.run import evaluate
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.infer.answer import Answerer
 from llava_mini_jax.infer.chat import Conversation
+from llava_mini_jax.infer.engine import Engine
 from llava_mini_jax.infer.generate import prefill
 from llava_mini_jax.infer.load import Loaded
 from llava_mini_jax.infer.prompts import Prompt, PromptEncoder, prompt_shape
@@ -160,10 +162,15 @@ def colors(batch: Batch, count: int) -> list[str]:
   """What the frames of a row show; those after the first `count` are empty."""
   pixels = batch.pixels[0, :, 0].astype(int)
   assert not pixels[count:].any()
-  off = {name: np.abs(pixels[:count] - np.array(color)).max(axis=(1, 2, 3)) for name, color in COLORS.items()}
-  nearest = [min(off, key=lambda name, i=i: off[name][i]) for i in range(count)]
-  assert all(off[name][i] < 16 for i, name in enumerate(nearest))  # what the codec loses
-  return nearest
+  return nearest(pixels[:count])
+
+
+def nearest(pixels: np.ndarray) -> list[str]:
+  """The colour of each frame, int[frames h w 3]."""
+  off = {name: np.abs(pixels - np.array(color)).max(axis=(1, 2, 3)) for name, color in COLORS.items()}
+  names = [min(off, key=lambda name, i=i: off[name][i]) for i in range(len(pixels))]
+  assert all(off[name][i] < 16 for i, name in enumerate(names))  # what the codec loses
+  return names
 
 
 @pytest.fixture
@@ -175,7 +182,6 @@ def listener(tokenizer):
   heard = []
   stub = copy.copy(answerer)
   stub._generate = lambda params, batch: heard.append(batch) or jnp.full((len(batch.tokens), 1), -1)
-  stub._prefill = lambda params, batch, slots: (heard.append(batch), jax.nn.one_hot(jnp.array([stub._end]), 512))[::-1]
   return stub, heard
 
 
@@ -197,22 +203,28 @@ def twice(*names: str) -> list[str]:
   return [name for name in names for _ in range(2)]
 
 
-def test_a_chat_about_a_video(listener, tmp_path, capsys):
-  answerer, heard = listener
+@pytest.mark.usefixtures('quick_compilation')
+def test_a_chat_about_a_video(tokenizer, tmp_path, capsys, monkeypatch):
+  """What is shown is what was named last, each frame with its slot, and all of the text is fused with each."""
+  engine = Engine(loaded(asked(dict(video_fps=2)), tokenizer), slots=1, max_length=64, visual_chunk=4)
+  shown, laid = [], []
+  add, look = engine.core.add, engine.views
+  monkeypatch.setattr(engine, 'views', lambda media, grid: (shown.append(view) or view for view in look(media, grid)))
+  monkeypatch.setattr(engine.core, 'add', lambda one, *rest: laid.append(one) or add(one, *rest))
   (tmp_path / 'clip.mp4').write_bytes(clip(*SHOWN))
   (tmp_path / 'other.mp4').write_bytes(clip('white'))
   (tmp_path / 'image.png').write_bytes(picture('yellow', (32, 32)))
-  conversation = Conversation(answerer, ('<video>', tmp_path / 'clip.mp4'))
-  conversation.ask('col?')
-  check_row(heard[-1], twice(*SHOWN))
-  assert heard[-1].pixels.shape[1] == 8  # two chunks
-  conversation.show('<video>', tmp_path / 'other.mp4')
-  conversation.ask('col?')
-  check_row(heard[-1], twice('white'))
-  conversation.show('<image>', tmp_path / 'image.png')
-  conversation.ask('col?')
-  check_row(heard[-1], ['yellow'])
-  assert len(heard) == 3 and capsys.readouterr().out == '\n' * 3
+  conversation = Conversation(engine, [('<video>', tmp_path / 'clip.mp4')], 3)
+  for file, seen in (('', twice(*SHOWN)), ('other.mp4', twice('white')), ('image.png', ['yellow'])):
+    if file:
+      shown.clear()
+      conversation.show(('<video>' if 'mp4' in file else '<image>', tmp_path / file))
+    conversation.ask('col?')
+    assert nearest(np.stack(shown)[:, 0].astype(int)) == seen
+    slots = laid[-1].slots[:, 0]
+    np.testing.assert_array_equal(slots, slots[0] + np.arange(len(seen)))
+    np.testing.assert_array_equal(laid[-1].fused, np.setdiff1d(np.arange(len(laid[-1].tokens)), slots))
+  assert len(laid) == 3 and capsys.readouterr().out.count('\n') >= 3
 
 
 @pytest.mark.parametrize('images', ['real', 'blank', 'swapped'])

@@ -185,6 +185,6 @@ def test_what_cannot_be_asked_is_refused(engine):
   session = Session(engine, name='chat 7')
   with pytest.raises(DataError) as caught:
     session.ask('look: <image>', GREEDY)
-  assert str(caught.value) == 'E_IMAGE_TAGS: chat 7: expected no <image>: what is shown has its tag; found one'
+  assert str(caught.value) == 'E_IMAGE_TAGS: chat 7: expected no <image>: the image is shown already; found one'
   with pytest.raises(ConfigError, match="keep: expected one of seen, features, pixels; found 'all'"):
     session.show_video((), keep='all')
