@@ -3,7 +3,7 @@
 python launch/chat.py --checkpoint=runs/tiny --image=photo.png "what color is the shape?"
 python launch/chat.py --checkpoint=runs/mine --image=one.png --image=two.png "what is the difference?"
 python launch/chat.py --checkpoint=runs/mine --video=clip.mp4 "what happens?"
-python launch/chat.py --checkpoint=runs/mine --video=clip.mp4 --set data.video_fps=2 --visual_chunk=16
+python launch/chat.py --checkpoint=runs/mine --video=clip.mp4 --set data.video_fps=2 --set model.visual_chunk=16
 Without a question it opens a prompt loop; /image FILE or /video FILE shows another, an empty line ends it.
 """
 
@@ -25,7 +25,6 @@ _VIDEO = flags.DEFINE_string('video', None, 'Video file.')
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint step; default the newest.')
 _MAX_NEW = flags.DEFINE_integer('max_new_tokens', 64, 'Longest answer.', lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer('max_length', 0, 'Most tokens of a conversation; 0 = 2048 at most.', lower_bound=0)
-_CHUNK = flags.DEFINE_integer('visual_chunk', 8, 'Most frames that are encoded together.', lower_bound=1)
 _QUANTIZE = flags.DEFINE_enum('quantize', '', ['', *QUANTIZED], 'What kernels are kept in.')
 _SET = flags.DEFINE_multi_string('set', [], 'section.field=value: ask with other input settings; may be repeated.')
 flags.mark_flags_as_required(['checkpoint'])
@@ -40,7 +39,6 @@ def main(argv) -> None:
     changes=_SET.value,
     slots=1,
     max_length=_MAX_LENGTH.value,
-    visual_chunk=_CHUNK.value,
   )
   files = [(IMAGE_TAG, file) for file in _IMAGE.value or ()] + ([(VIDEO_TAG, _VIDEO.value)] if _VIDEO.value else [])
   conversation = Conversation(engine, [(tag, Path(file)) for tag, file in files], _MAX_NEW.value)

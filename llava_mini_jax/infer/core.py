@@ -149,11 +149,11 @@ class Core:
   def _drop_cancelled(self) -> None:
     for work in [work for work in self._queue if work.stream.cancelled]:
       self._queue.remove(work)
-      work.stream.end_cancelled()
+      work.stream.end('cancelled')
     for slot, work in enumerate(self._slots):
       if work and work.stream.cancelled:
         self._slots[slot] = None
-        work.stream.end_cancelled()
+        work.stream.end('cancelled')
 
   def _release(self, slot: int) -> None:
     work, self._slots[slot] = self._slots[slot], None
@@ -171,16 +171,25 @@ class Core:
     if not first.known:
       alike = [w for w in self._queue if self._length(len(w.laid.tokens)) == length and not w.known]
       group = alike[: len(free)]
-    rows = self.row_places(len(group))
+    for work in group:
+      self._queue.remove(work)
+    try:
+      self._fill(group, free, length)
+    except Exception:
+      for work in group:  # who waits for them must not wait for ever; the others go on
+        work.stream.end('failed')
+      raise
+    for slot, work in zip(free, group, strict=False):
+      self._slots[slot] = work
+
+  def _fill(self, group: list[_Work], free: list[int], length: int) -> None:
+    """Sees, reads and prefills; `length` places per row."""
     text = max([len(work.laid.fused) for work in group if work.laid.media], default=0)
-    laid, places = [work.laid for work in group], _places(text)
-    vision, total = self.programs.blank(rows, length, places)
+    laid = [work.laid for work in group]
+    vision, total = self.programs.blank(self.row_places(len(group)), length, _places(text))
     vision, total = self._look_at_pixels(laid, vision, total)
     vision, total = self._look_at_kept(laid, vision, total)
     self._prefill(group, free, vision, total, length)
-    for slot, work in zip(free, group, strict=False):
-      self._queue.remove(work)
-      self._slots[slot] = work
 
   def _look_at_pixels(self, laid: list[Laid], vision: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Visuals that nobody keeps, of all prompts together; those with as many views share chunks."""
@@ -190,10 +199,9 @@ class Core:
         if not isinstance(views, Visuals):
           for view, places in zip(views, at, strict=True):
             alike[view.shape, view.dtype].append((row, view, places))
-    (rows, length), text = vision.shape[:2], total.shape[1]
-    for some in (
-      same[i : i + self.visual_chunk] for same in alike.values() for i in range(0, len(same), self.visual_chunk)
-    ):
+    (rows, length), text, size = vision.shape[:2], total.shape[1], self.visual_chunk
+    chunks = (same[i : i + size] for same in alike.values() for i in range(0, len(same), size))
+    for some in chunks:
       count = self.visual_places(len(some))
       seen = self.programs.see(self.params, _filled([view for _, view, _ in some], count))
       row = np.full(count, rows, np.int32)

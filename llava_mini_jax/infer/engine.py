@@ -27,7 +27,7 @@ from llava_mini_jax.infer.stream import Answer, Stream
 from llava_mini_jax.infer.visuals import Visuals
 from llava_mini_jax.sharding import make_mesh
 
-_LENGTH = 2048
+_LENGTH, _CHUNK = 2048, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Engine:
     run: the model. encoder: with `encoder.media`, which reads files as the model was trained. core: slots and programs.
   """
 
-  def __init__(self, run: Loaded, *, slots: int = 8, max_length: int = 0, visual_chunk: int = 8):
+  def __init__(self, run: Loaded, *, slots: int = 8, max_length: int = 0, visual_chunk: int = 0):
     """
     Args:
       slots: answers that are decoded together. max_length: most tokens of a prompt, with vision slots, and its answer;
         0 = 2,048, or as many as the decoder has positions.
-      visual_chunk: most images or frames that are encoded together.
+      visual_chunk: most images or frames that are encoded together; 0 = as `model.visual_chunk` says, else 8.
     Raises:
       MeshError: slots or visual_chunk do not divide over data × fsdp.
       ConfigError: a max_length that the decoder has no positions for, or a template without an end of turn.
@@ -62,6 +62,7 @@ class Engine:
       raise ConfigError(
         f'Engine.max_length: expected 2 to {most}, the decoder.max_position_embeddings; found {max_length}'
       )
+    visual_chunk = visual_chunk or run.experiment.model.visual_chunk or _CHUNK
     self.run = run
     self.encoder = PromptEncoder(run.experiment, run.tokenizer)
     self.core = Core(run, slots=slots, max_length=max_length, visual_chunk=visual_chunk)

@@ -18,7 +18,7 @@ class Answer:
   ids: list[int]  # as they were chosen, with the one that ended it
   logprobs: list[float]  # of each, by the model alone
   top_logprobs: list[list[tuple[int, float]]]  # of each, the `Sampling.top_logprobs` likeliest ids, falling
-  finish: str  # stop; length; cancelled
+  finish: str  # stop; length; cancelled; failed, where the engine raised what went wrong
   prompt_tokens: int  # with vision slots
 
 
@@ -68,9 +68,9 @@ class Stream:
     """Its slot is free from the next step on."""
     self.cancelled = True
 
-  def end_cancelled(self) -> None:
-    """By the engine, once the slot is free."""
-    self.finish = 'cancelled'
+  def end(self, why: str) -> None:
+    """By the engine: it has no slot any more, and there is nothing to come."""
+    self.finish = why
 
   def __iter__(self) -> Iterator[str]:
     told = 0

@@ -71,7 +71,10 @@ class Visuals:
     return len(self._compressed)
 
   def add(self, views: Iterable[np.ndarray]) -> None:
-    """More visuals, uint8[V size size 3] each, in the order of their slots; `views` is read a chunk at a time."""
+    """More visuals, uint8[V size size 3] each, in the order of their slots; `views` is read a chunk at a time.
+
+    Not while a question about them is being answered.
+    """
     views = iter(views)
     while some := list(itertools.islice(views, self._chunk)):
       pixels = self._padded(some)

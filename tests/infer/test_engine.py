@@ -177,6 +177,19 @@ def test_a_row_longer_than_a_chunk_of_prefill(run, expected, monkeypatch):
   assert answer.prompt_tokens > 48 and answer.ids == expected[4]
 
 
+def test_a_request_that_fails_takes_no_other_with_it(engine, expected, monkeypatch):
+  """Its own stream ends; what it was is raised once, to who drives the engine."""
+  other = engine.submit(greedy(MIX[1]))
+  engine.step()
+  with monkeypatch.context() as patch:
+    patch.setattr(engine.core.programs, 'see', lambda *_: (_ for _ in ()).throw(RuntimeError('out of memory')))
+    broken = engine.submit(greedy(MIX[0]))
+    with pytest.raises(RuntimeError, match='out of memory'):
+      engine.step()
+  assert (broken.result().finish, broken.result().ids) == ('failed', [])
+  assert other.result().ids == expected[1]
+
+
 def test_what_does_not_fit_is_refused(engine, run):
   with pytest.raises(DataError) as caught:
     engine.submit(greedy(question('hi', name='long one'), 128))

@@ -18,6 +18,7 @@ from llava_mini_jax.infer.prompts import Prompt
 from llava_mini_jax.infer.sampling import Sampling
 from llava_mini_jax.infer.session import Session
 from llava_mini_jax.infer.visuals import KEEP
+from llava_mini_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -179,6 +180,19 @@ def test_device_memory_does_not_grow_with_a_video(engine, keep):
     compiled.append({name: engine.core.programs.compiled[name] for name in ('encode', 'see', 'read', 'add')})
   assert len(video) == len(read) == 68
   assert sizes[0] == sizes[1] and compiled[0] == compiled[1]
+
+
+def test_eight_devices_remember_as_one(engine, tokenizer):
+  """An image, a video and three turns over data × fsdp × tensor."""
+  spread = Engine(loaded(asked(), tokenizer, make_mesh((2, 2, 2))), slots=4, max_length=128, visual_chunk=4)
+  said = []
+  for one in (engine, spread):
+    session = Session(one)
+    session.show_image(images(5)[0])
+    session.show_video(images(6, 7, 8, 9, 10))
+    said.append([session.ask(text, GREEDY).ids for text in ('color?', 'sure?', 'why?')])
+    assert session.memory.reused > 0
+  assert said[0] == said[1]
 
 
 def test_what_cannot_be_asked_is_refused(engine):
