@@ -9,28 +9,9 @@ Longer: --config=configs/tiny_scenes.py:epochs=20
 from ml_collections import ConfigDict
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
+from llava_mini_jax.recipes import scenes_from_scratch
 
 
 def get_config(arguments: str = 'epochs=2') -> ConfigDict:
-  return Experiment(
-    model=LlavaMiniConfig.preset('tiny'),
-    data=DataConfig(
-      dataset='data/scenes',
-      template='qa',
-      row_length=96,
-      fused_text=80,
-      side_by_side=True,
-      max_turns=6,
-    ),
-    train=TrainConfig(
-      groups=(('.*', 6e-4),),
-      batch_size=16,
-      epochs=float(arguments.removeprefix('epochs=')),
-      warmup_ratio=0.03,
-      weight_decay=0.05,
-      beta2=0.99,
-      log_every=20,
-      save_every=500,
-    ),
-  ).to_config_dict()
+  epochs = float(arguments.removeprefix('epochs='))
+  return scenes_from_scratch(LlavaMiniConfig.preset('tiny'), epochs=epochs).to_config_dict()

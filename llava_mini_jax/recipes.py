@@ -114,3 +114,12 @@ def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, name: str) -> 
       groups=(('lora/.*', 2e-4), ('(projector|compressor)/.*', 1e-5), ('.*', 'frozen')),
     )
   return Experiment(model, data, train)
+
+
+def scenes_from_scratch(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
+  """Everything trains, on generated scenes (`data/scenes.py`): small models whose ablations are worth comparing."""
+  data = DataConfig(dataset='data/scenes', template='qa', row_length=96, fused_text=80, side_by_side=True, max_turns=6)
+  train = TrainConfig(
+    groups=(('.*', 6e-4),), batch_size=16, epochs=epochs, weight_decay=0.05, beta2=0.99, log_every=20, save_every=500
+  )
+  return Experiment(model, data, train)

@@ -20,7 +20,17 @@ from llava_mini_jax.infer.chat import HELP
 from llava_mini_jax.recipes import STAGES
 from llava_mini_jax.train.lock import LOCK_NAME
 
-SCRIPTS = ('train', 'evaluate', 'chat', 'prepare_data', 'convert', 'benchmark', 'compile_tpu', 'preflight_table')
+SCRIPTS = (
+  'train',
+  'evaluate',
+  'chat',
+  'prepare_data',
+  'convert',
+  'benchmark',
+  'compile_tpu',
+  'preflight_table',
+  'sweep',
+)
 
 TRAIN = '--config=tests/tiny_run.py:{data}', '--workdir={tmp}/run'
 EVALUATE = '--workdir={run}', '--dataset={data}'
@@ -186,6 +196,25 @@ MISTAKES = {
     'error: E_OUT_EXISTS: {data}: expected a new or empty directory; to replace the dataset in it, use --force',
   ),
 }
+MISTAKES |= {
+  'sweep: no file': ('sweep', ['--workdir={tmp}/sweep'], 'error: sweep: expected one sweep file; found none'),
+  'sweep: no such file': ('sweep', ['none.py', '--workdir={tmp}/sweep'], 'error: sweep: no such file: none.py'),
+  'sweep: no sweep': (
+    'sweep',
+    ['configs/tiny_scenes.py', '--workdir={tmp}/sweep'],
+    'error: configs/tiny_scenes.py: expected a function get_sweep; found none',
+  ),
+  'sweep: no dataset': (
+    'sweep',
+    ['configs/ablations/table6.py', '--workdir={tmp}/sweep', '--dataset={tmp}/none'],
+    'error: E_NO_DATASET: {tmp}/none: no such directory; prepare it with launch/prepare_data.py',
+  ),
+  'sweep: no field': (
+    'sweep',
+    ['configs/ablations/table6.py', '--workdir={tmp}/sweep', '--set', 'model.dtyp=x'],
+    "error: sweep: expected the path of a field; found 'model.dtyp'",
+  ),
+}
 GOOD = {
   'evaluate': (
     'evaluate',
@@ -197,7 +226,7 @@ GOOD = {
 
 def commands() -> list[tuple[str, str, tuple[str, ...]]]:
   """(file, script, arguments) of every launch command that a user is told to type."""
-  files = [REPOSITORY / 'README.md', *(REPOSITORY / 'configs').glob('*.py'), *(REPOSITORY / 'launch').iterdir()]
+  files = [REPOSITORY / 'README.md', *(REPOSITORY / 'configs').rglob('*.py'), *(REPOSITORY / 'launch').iterdir()]
   found = []
   for file in sorted(file for file in files if file.is_file()):
     text = file.read_text().replace('\\\n', ' ')

@@ -24,11 +24,9 @@ from llava_mini_jax.analyze.flops import (
   training_flops,
 )
 from llava_mini_jax.analyze.memory import GIB, LOGITS, MIB, image_memory, session_bytes, weight_bytes
+from llava_mini_jax.analyze.stations import trained_stations
 from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig
 from llava_mini_jax.experiment import Experiment
-from llava_mini_jax.train.lora import adapter_names, target_paths
-from llava_mini_jax.train.optimizer import assign_groups
-from llava_mini_jax.train.tree import parameter_shapes
 
 PAPER_TEXT = 43  # text tokens that reproduce the paper's FLOPs
 FIGURE_7_GRIDS, FIGURE_8_GRIDS = (1, 2, 4, 8), (1, 4, 8, 12, 24)
@@ -98,16 +96,6 @@ def _training(experiment: Experiment) -> list[str]:
     f'  forward {scaled(forward)}, backward {scaled(both - forward)}, computed again {scaled(again)} '
     f'(remat {model.scan.remat}), together {scaled(both + again)}',
   ]
-
-
-def trained_stations(experiment: Experiment) -> dict[str, set[str]]:
-  """`trains` and `adapts` of `flops.training_flops`; text embeddings alone do not make a decoder that trains."""
-  paths, train = list(parameter_shapes(experiment.model)), experiment.train
-  adapted = target_paths(paths, train.lora_targets)
-  adapters = [name for path in adapted for name in adapter_names(path)]
-  rates = assign_groups([*paths, *adapters], train.groups)
-  own = [path for path in paths if rates[path] is not None and path != 'decoder/embed_tokens']
-  return {name: {path.split('/')[0] for path in of} for name, of in (('trains', own), ('adapts', adapted))}
 
 
 def _memory(config: LlavaMiniConfig, views: int) -> list[str]:

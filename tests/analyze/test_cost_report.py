@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from tiny_run import REPOSITORY, make_dataset
 
-from llava_mini_jax.analyze.cost_report import baseline, describe, pictures, scaled, trained_stations, with_grid
+from llava_mini_jax.analyze.cost_report import baseline, describe, pictures, scaled, with_grid
+from llava_mini_jax.analyze.stations import trained_stations
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 from llava_mini_jax.recipes import paper_stage

@@ -1,0 +1,1 @@
+"""A grid of configs: trained and evaluated point by point, then one table and its plots."""
