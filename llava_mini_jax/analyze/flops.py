@@ -68,12 +68,7 @@ def _llama_layers(config: DecoderConfig, layers: int, tokens: int) -> np.ndarray
 def _vision(config: VisionConfig) -> np.ndarray:
   w, f, tokens = config.hidden_size, config.intermediate_size, config.num_patches + 1
   layers = config.run_layers * np.array([2.0 * tokens * (4 * w * w + 2 * w * f), 4.0 * tokens**2 * w])
-  return layers + (_embedding(config), 0)
-
-
-def _embedding(config: VisionConfig) -> float:
-  """Of patches."""
-  return 2.0 * config.num_patches * 3 * config.patch_size**2 * config.hidden_size
+  return layers + (2 * config.num_patches * 3 * config.patch_size**2 * w, 0)
 
 
 def _parts(
@@ -112,14 +107,25 @@ def forward_flops(config: LlavaMiniConfig, *, convention: str = 'full', **sizes:
     return Flops(**{name: float(part.sum()) for name, part in parts.items()})
   counted = {name: float(part[0]) for name, part in parts.items()}
   images, views, vision = sizes['rows'] * sizes['visuals'], sizes.get('views', 1), config.vision
-  # Another layer counts as those that run; the norms: one before them and two in each.
-  per_layer = (float(_vision(vision)[0]) - _embedding(vision)) / max(1, vision.run_layers)
-  norms = _LAYER_NORM * (2 * vision.num_hidden_layers + 1) * (vision.num_patches + 1) * vision.hidden_size
-  counted['vision'] = images * views * (_embedding(vision) + vision.num_hidden_layers * per_layer + norms)
+  counted['vision'] = images * views * _calflops_tower(config)
   if config.compressor.kind == 'query' and config.compressor.attention == 'mha':
     keys = vision.num_patches * (views if views == 1 else views - 1)
     counted['compressor'] += images * _LAYER_NORM * (keys + config.compressor.grid**2) * config.compressor_width
   return Flops(**counted)
+
+
+def _calflops_tower(config: LlavaMiniConfig) -> float:
+  v, tokens = config.vision, config.vision.num_patches + 1
+  kernels = 2.0 * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
+  norms = _LAYER_NORM * (2 * v.num_hidden_layers + 1) * v.hidden_size  # one before the layers and two in each
+  embedding = 2.0 * v.num_patches * 3 * v.patch_size**2 * v.hidden_size
+  return embedding + tokens * (v.num_hidden_layers * kernels + norms)
+
+
+def fused_visual_length(config: LlavaMiniConfig, views: int = 1) -> int:
+  """Tokens of a visual in pre-fusion, before the text."""
+  compressed = config.compressor.kind != 'none' and config.prefusion.fuse_compressed
+  return views * config.vision.num_patches + compressed * config.slots_per_visual(views)
 
 
 def prompt_sizes(
@@ -147,8 +153,7 @@ def later_question_flops(
   No vision token depends on the text, so only the new tokens run, through pre-fusion once for each visual.
   """
   require_choice('convention', convention, CONVENTIONS)
-  d, c = config.decoder, config.slots_per_visual(views)
-  learnt = config.compressor.kind != 'none' and config.prefusion.fuse_compressed
+  d = config.decoder
 
   def layers(count: int, kept: int) -> float:
     weights, own = _llama_layers(d, count, text)
@@ -159,7 +164,7 @@ def later_question_flops(
     vision=0.0,
     projector=0.0,
     compressor=0.0,
-    prefusion=visuals * layers(config.prefusion.num_layers, views * config.vision.num_patches + c * learnt),
+    prefusion=visuals * layers(config.prefusion.num_layers, fused_visual_length(config, views)),
     decoder=layers(d.num_hidden_layers, context) + unembedding_flops(config, text),
   )
 
@@ -196,8 +201,7 @@ def recomputed_flops(
   """
   d, v = config.decoder, config.vision
   rows, views = sizes['rows'], sizes.get('views', 1)
-  images, learnt = rows * sizes['visuals'], config.compressor.kind != 'none' and config.prefusion.fuse_compressed
-  fused = views * v.num_patches + sizes['fused_text'] + learnt * config.slots_per_visual(views)
+  images, fused = rows * sizes['visuals'], fused_visual_length(config, views) + sizes['fused_text']
   n, k, h = d.num_attention_heads, d.num_key_value_heads, d.head_dim
   llama = dict(
     qkv=d.hidden_size * h * (n + 2 * k), out=d.hidden_size * n * h, mlp=2 * d.hidden_size * d.intermediate_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from llava_mini_jax.analyze.flops import fused_visual_length
 from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, require_choice
 from llava_mini_jax.train.tree import parameter_shapes
 
@@ -47,8 +48,7 @@ def image_memory(
 
 def session_bytes(config: LlavaMiniConfig, *, views: int = 1, element_bytes: int = 2) -> int:
   """Of one visual whose later questions cost no second look: pre-fusion's keys and values, the decoder's besides."""
-  learnt = config.compressor.kind != 'none' and config.prefusion.fuse_compressed
-  fused = views * config.vision.num_patches + learnt * config.slots_per_visual(views)
+  fused = fused_visual_length(config, views)
   layers = dataclasses.replace(config.decoder, num_hidden_layers=max(1, config.prefusion.num_layers))
   kept = fused * cache_bytes_per_token(layers, element_bytes) if config.prefusion.num_layers else 0
   return kept + image_memory(config, views=views, element_bytes=element_bytes).cache
@@ -79,9 +79,7 @@ def kept_activation_bytes(config: LlavaMiniConfig, *, element_bytes: int = 2, **
     ConfigError: remat `dots` or `none`, which keep what only the compiled program shows (launch/compile_tpu.py).
   """
   d = config.decoder
-  learnt = config.compressor.kind != 'none' and config.prefusion.fuse_compressed
-  views = sizes.get('views', 1)
-  fused = views * config.vision.num_patches + sizes['fused_text'] + learnt * config.slots_per_visual(views)
+  fused = fused_visual_length(config, sizes.get('views', 1)) + sizes['fused_text']
   tokens = dict(
     prefusion=config.prefusion.num_layers * sizes['rows'] * sizes['visuals'] * fused,
     decoder=d.num_hidden_layers * sizes['rows'] * sizes['length'],

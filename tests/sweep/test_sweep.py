@@ -197,33 +197,39 @@ def test_table_6_is_the_papers_grid():
   assert grid == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (0, 4), (0, 9), (0, 16), (0, 64)]
 
 
-def test_the_command(tmp_path, tmp_path_factory):
-  """Trains a point in a process of its own; called again without its result it evaluates it, and trains nothing."""
-  data = make_dataset(tmp_path_factory.getbasetemp())
+def swept(tmp_path: Path, data: Path) -> tuple[str, Path]:
+  """What launch/sweep.py says of a grid of one point, and the result of that point."""
   file, workdir = tmp_path / 'grid.py', tmp_path / 'out'
   file.write_text(FILE)
   words = file, f'--workdir={workdir}', f'--dataset={data}', '--seeds=0', '--mesh=1,1,1', '--batch_size=4'
-  words += ('--set', 'train.log_every=2', '--limit=6')
-  first = command('sweep', *words, cache=tmp_path / 'cache')
-  said, errors = first.communicate()
-  assert first.returncode == 0, errors
+  process = command('sweep', *words, '--set', 'train.log_every=2', '--limit=6', cache=tmp_path / 'cache')
+  said, errors = process.communicate()
+  assert process.returncode == 0, errors
+  return said, workdir / 'layers1' / 'seed0' / RESULT
+
+
+def test_the_command(tmp_path, tmp_path_factory):
+  """Trains and evaluates in a process of its own."""
+  said, result = swept(tmp_path, make_dataset(tmp_path_factory.getbasetemp()))
   assert 'layers1, seed 0: done' in said
   assert re.search(r'layers1 +1 +1 +\S+ +6 ', said)  # what it will cost: layers, tokens, FLOPs, steps
-  result = workdir / 'layers1' / 'seed0' / RESULT
   found = json.loads(result.read_text())
   assert (found['layers'], found['real']['count'], found['cost']['steps']) == (1, 6, 6)
   trained = Experiment.from_dict(found['config'])
   assert (trained.train.batch_size, trained.train.mesh, trained.train.log_every) == (4, (1, 1, 1), 2)
   assert trained.model.decoder == MODEL.decoder
   written = {'results.csv', 'table.md', *(f'accuracy_by_{x}.png' for x in ('layers', 'tokens', 'flops'))}
-  assert written < {path.name for path in workdir.iterdir()}
+  assert written < {path.name for path in (tmp_path / 'out').iterdir()}
 
-  log = result.parent / 'run' / 'metrics.jsonl'
+
+@pytest.mark.slow
+def test_a_point_without_its_result_is_evaluated_and_not_trained_again(tmp_path, tmp_path_factory):
+  data = make_dataset(tmp_path_factory.getbasetemp())
+  _, result = swept(tmp_path, data)
+  log, found = result.parent / 'run' / 'metrics.jsonl', json.loads(result.read_text())
   before = log.read_bytes()
   result.unlink()
-  again = command('sweep', *words, cache=tmp_path / 'cache')
-  said, errors = again.communicate()
-  assert again.returncode == 0, errors
+  said, _ = swept(tmp_path, data)
   assert 'layers1, seed 0: done' in said
   assert log.read_bytes() == before and len(before.splitlines()) == 6
   assert json.loads(result.read_text())['real'] == found['real']
