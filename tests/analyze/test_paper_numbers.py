@@ -121,7 +121,8 @@ def test_table_14s_split_is_not_what_its_totals_are_made_of():
 def test_a_frame_costs_what_does_not_depend_on_the_others():
   one, many = (prompt_flops(VICUNA, TEXT, visuals=frames, convention='calflops') for frames in (1, 8))
   frame = (many.total - many.decoder) / 8
-  assert frame == one.total - one.decoder and f'{frame / 1e12:.3f}' == '1.381'
+  projected_query = 4 * 1024**2  # and what comes out of it: once for all frames, or for each
+  assert 0 <= one.total - one.decoder - frame <= projected_query and f'{frame / 1e12:.3f}' == '1.381'
   assert f'{many.total / 1e12:.1f}' == '11.7'
 
 
