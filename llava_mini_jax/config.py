@@ -16,6 +16,8 @@ from typing import Any
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 QUANTIZED = ('int8', 'int4', 'nf4')  # what kernels may be kept in: `models.quantized`
+# `models.compressors` has a class for each; none = every patch goes to the decoder (LLaVA-v1.5, and stage 1)
+COMPRESSORS = ('query', 'average', 'mqt', 'prumerge', 'prumerge_plus', 'tokenpacker', 'llama_vid', 'voco', 'none')
 
 
 class ConfigError(ValueError):
@@ -83,22 +85,33 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
-  """Learnable-query compression of P patch tokens to C = grid² (paper Sec. 4.1, Eq. 2)."""
+  """Compression of P patch tokens to C; docs/compressors.md says which kind reads which field."""
 
-  kind: str = 'query'  # query; none = every patch goes to the decoder (LLaVA-v1.5, and stage 1)
-  grid: int = 1
+  kind: str = 'query'  # one of COMPRESSORS
+  grid: int = 1  # C = grid²; mqt: of its queries. 0 = no vision token, the fused text alone knows the image
+  keep: int = 0  # mqt: C, the first so many queries (0 = all); voco: C; prumerge: patches that stay
+  # mqt: each training step draws its number of tokens, 2, 4, … up to C; prumerge: `keep` at most, each image its own
+  elastic: bool = False
+  within: int = 0  # L > 0: inside the decoder, after its first L layers (paper Table 12); 0 = before it
+  neighbours: int = 32  # prumerge: patches that are merged into each one that stays
+  layers: tuple = (12, 16, 22, 23)  # tokenpacker: hidden states of the tower that keys and values are made of
+  text_queries: int = 32  # llama_vid: that read the question
   num_heads: int = 8
   space: str = 'vision'  # vision = before the projector (released); llm = after it (paper)
-  attention: str = 'mha'  # mha = LayerNorms, projections, heads (released); plain = Eq. 2 as written
-  key_position: str = 'query_table'  # query_table = resized bicubically (released); native_grid; none
+  attention: str = 'mha'  # query: LayerNorms, projections, heads (released); plain = Eq. 2 as written
+  key_position: str = 'query_table'  # query: query_table = resized bicubically (released); native_grid; none
   init_std: float = 0.02
 
   def __post_init__(self):
-    require_choice('CompressorConfig.kind', self.kind, ('query', 'none'))
+    require_choice('CompressorConfig.kind', self.kind, COMPRESSORS)
     require_choice('CompressorConfig.space', self.space, ('vision', 'llm'))
     require_choice('CompressorConfig.attention', self.attention, ('mha', 'plain'))
     require_choice('CompressorConfig.key_position', self.key_position, ('query_table', 'native_grid', 'none'))
-    _positive(self, 'grid', 'num_heads')
+    _positive(self, 'num_heads', 'neighbours', 'text_queries')
+    for field in ('grid', 'keep', 'within'):
+      value = getattr(self, field)
+      if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f'CompressorConfig.{field}: expected 0 or more; found {value!r}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,19 +214,38 @@ class LlavaMiniConfig:
     require_choice('LlavaMiniConfig.attention', self.attention, ('auto', 'jnp', 'splash'))
     if isinstance(self.visual_chunk, bool) or self.visual_chunk < 0:
       raise ConfigError(f'LlavaMiniConfig.visual_chunk: expected 0 or more; found {self.visual_chunk!r}')
-    if self.compressor.kind == 'query' and self.compressor.attention == 'mha':
-      width = self.compressor_width
-      if width % self.compressor.num_heads:
-        raise ConfigError(f'compressor width {width} is not a multiple of num_heads={self.compressor.num_heads}')
+    if compressor := self.compressor_class:
+      compressor.check(self)
+    self._check_placement()
     if self.prefusion.init == 'decoder' and self.prefusion.num_layers > self.decoder.num_hidden_layers:
       raise ConfigError(
         f'prefusion.init=decoder needs {self.prefusion.num_layers} decoder layers; '
         f'there are {self.decoder.num_hidden_layers}'
       )
 
+  def _check_placement(self) -> None:
+    kind, within, layers = self.compressor.kind, self.compressor.within, self.decoder.num_hidden_layers
+    if not self.tokens_per_visual and not self.prefusion.num_layers:
+      raise ConfigError('prefusion.num_layers: expected 1 or more without vision tokens; found 0')
+    if not within:
+      return
+    if within >= layers:
+      raise ConfigError(f'CompressorConfig.within: expected fewer than the {layers} decoder layers; found {within}')
+    if not (self.compressor_class and self.compressor_class.inside):
+      raise ConfigError(f'CompressorConfig.within: expected 0 with {kind}; found {within}')
+    if self.compressor.space != 'llm' or self.compressor.elastic or not self.tokens_per_visual:
+      raise ConfigError('CompressorConfig.within: expected space=llm, at least one token and not elastic')
+
   @property
   def compressor_width(self) -> int:
     return self.vision.hidden_size if self.compressor.space == 'vision' else self.decoder.hidden_size
+
+  @property
+  def compressor_class(self) -> Any:
+    """The class in `models.compressors`; None = no compressor."""
+    from llava_mini_jax.models.compressors import KINDS  # which builds on this file
+
+    return KINDS.get(self.compressor.kind)
 
   @property
   def tokens_per_visual(self) -> int:
@@ -221,8 +253,16 @@ class LlavaMiniConfig:
     return self.slots_per_visual(1)
 
   def slots_per_visual(self, views: int) -> int:
-    """C of an image or a frame of so many views: grid², or every patch of every view without a compressor."""
-    return views * self.vision.num_patches if self.compressor.kind == 'none' else self.compressor.grid**2
+    """C of an image or a frame of so many views; without a compressor every patch of every view."""
+    compressor = self.compressor_class
+    patches = views * self.vision.num_patches if compressor is None or compressor.keeps_patches else 0
+    return patches + self.new_tokens(views)
+
+  def new_tokens(self, views: int) -> int:
+    """What the compressor makes of an image of so many views: of its crops, if it has any."""
+    compressor = self.compressor_class
+    patches = self.vision.num_patches * (views - 1 or 1)
+    return compressor.tokens(self.compressor, patches) if compressor else 0
 
   @classmethod
   def preset(cls, name: str) -> LlavaMiniConfig:

@@ -41,6 +41,9 @@ class Batch:
   # [B M V P W]; what the vision tower makes of the pixels, computed before. The tower is skipped, and `pixels` are
   # [B M V 0 0 3].
   features: Array | None = None
+  # int32[B]; how many of each visual's C tokens count, the last ones of its slots; the others are seen by nobody and
+  # count no position. None = all, known when compiling.
+  kept: Array | None = None
   # int32[B]; samples of the row that were bad and left nothing but padding. None = a bad sample is an error.
   bad_samples: Array | None = None
 
@@ -48,11 +51,12 @@ class Batch:
 @_pytree
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Static decoder cache. Slot s of row b holds the token at position s of that row's only sample."""
+  """Static decoder cache. Slot s of row b holds the token s of those that row's only sample may see."""
 
   keys: Array  # [layer B S K H], rotary embedding applied
   values: Array  # [layer B S K H]
   length: Array  # int32[B]; valid slots of each row
+  position: Array | None = None  # int32[B]; of the next token; None = length, which has seen all before it
 
 
 @_pytree

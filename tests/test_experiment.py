@@ -15,6 +15,7 @@ import pytest
 import qwix
 
 from llava_mini_jax.config import (
+  COMPRESSORS,
   CompressorConfig,
   ConfigError,
   DecoderConfig,
@@ -203,13 +204,15 @@ MISTAKES = {
   'VisionConfig.image_size: expected a positive integer; found 336.0': lambda: VisionConfig(image_size=336.0),
   'VisionConfig.select_layer=-26 is not a hidden state of 24 layers': lambda: VisionConfig(select_layer=-26),
   'VisionConfig.select_layer=25 is not a hidden state of 24 layers': lambda: VisionConfig(select_layer=25),
-  "CompressorConfig.kind: expected one of query, none; found 'pool'": lambda: CompressorConfig(kind='pool'),
+  f"CompressorConfig.kind: expected one of {', '.join(COMPRESSORS)}; found 'pool'": lambda: CompressorConfig(
+    kind='pool'
+  ),
   "CompressorConfig.space: expected one of vision, llm; found ''": lambda: CompressorConfig(space=''),
   "CompressorConfig.attention: expected one of mha, plain; found 'MHA'": lambda: CompressorConfig(attention='MHA'),
   "CompressorConfig.key_position: expected one of query_table, native_grid, none; found 'grid'": lambda: (
     CompressorConfig(key_position='grid')
   ),
-  'CompressorConfig.grid: expected a positive integer; found 0': lambda: CompressorConfig(grid=0),
+  'CompressorConfig.grid: expected 0 or more; found -1': lambda: CompressorConfig(grid=-1),
   'CompressorConfig.num_heads: expected a positive integer; found -8': lambda: CompressorConfig(num_heads=-8),
   "PrefusionConfig.init: expected one of random, decoder; found 'zero'": lambda: PrefusionConfig(init='zero'),
   'PrefusionConfig.num_layers: expected 0 or more; found -1': lambda: PrefusionConfig(num_layers=-1),

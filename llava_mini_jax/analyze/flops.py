@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, VisionConfig, require_choice
+from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, require_choice
 
 CONVENTIONS = ('full', 'calflops')
 _LAYER_NORM = 5.0  # FLOPs per element that calflops counts
@@ -65,9 +65,12 @@ def _llama_layers(config: DecoderConfig, layers: int, tokens: int) -> np.ndarray
   return layers * np.array([2.0 * tokens * weights, 4.0 * tokens**2 * n * h])
 
 
-def _vision(config: VisionConfig) -> np.ndarray:
+def _vision(model: LlavaMiniConfig) -> np.ndarray:
+  config = model.vision
   w, f, tokens = config.hidden_size, config.intermediate_size, config.num_patches + 1
   layers = config.run_layers * np.array([2.0 * tokens * (4 * w * w + 2 * w * f), 4.0 * tokens**2 * w])
+  if 'class_attention' in (model.compressor_class.reads if model.compressor_class else ()):
+    layers += 2.0 * (tokens + 1) * w * w, 2.0 * tokens * w
   return layers + (2 * config.num_patches * 3 * config.patch_size**2 * w, 0)
 
 
@@ -76,21 +79,19 @@ def _parts(
 ) -> dict[str, np.ndarray]:
   """Forward FLOPs [products with weights, products of attention] of each field of Flops."""
   w, d = config.vision.hidden_size, config.decoder.hidden_size
-  images, patches, c = rows * visuals, config.vision.num_patches * views, config.slots_per_visual(views)
-  keys = patches if views == 1 else patches - config.vision.num_patches
-  learnt = config.compressor.kind == 'query'
-  projected = patches + (c if learnt and config.compressor.space == 'vision' else 0)
-  compressor = np.zeros(2)
-  if learnt:
-    width = config.compressor_width
-    linears = 2.0 * 2 * (keys + c) * width**2 if config.compressor.attention == 'mha' else 0.0
-    compressor += linears, 4.0 * keys * c * width
-  sequence = patches + fused_text + (c if learnt and config.prefusion.fuse_compressed else 0)
-  layers = _llama_layers(config.decoder, config.decoder.num_hidden_layers, length)
+  images, patches, c = rows * visuals, config.vision.num_patches * views, config.new_tokens(views)
+  keys = config.vision.num_patches * (views - 1 or 1)
+  kind = config.compressor_class if c else None
+  projected = patches + (c if kind and config.compressor.space == 'vision' and not kind.projects else 0)
+  compressor = np.array(kind.flops(config, keys, images, fused_text) if kind else (0.0, 0.0))
+  within = config.compressor.within
+  sequence = patches + fused_text + (c if config.prefusion.fuse_compressed and not within else 0)
+  layers = _llama_layers(config.decoder, config.decoder.num_hidden_layers - within, length)
+  layers = layers + _llama_layers(config.decoder, within, visuals * patches + length)
   return dict(
-    vision=images * views * _vision(config.vision),
+    vision=images * views * _vision(config),
     projector=np.array([images * 2.0 * projected * (w * d + d * d), 0.0]),
-    compressor=images * compressor,
+    compressor=compressor,
     prefusion=images * _llama_layers(config.decoder, config.prefusion.num_layers, sequence),
     decoder=rows * (layers + (2.0 * length * d * config.decoder.vocab_size, 0.0)),
   )
@@ -124,8 +125,8 @@ def _calflops_tower(config: LlavaMiniConfig) -> float:
 
 def fused_visual_length(config: LlavaMiniConfig, views: int = 1) -> int:
   """Tokens of a visual in pre-fusion, before the text."""
-  compressed = config.compressor.kind != 'none' and config.prefusion.fuse_compressed
-  return views * config.vision.num_patches + compressed * config.slots_per_visual(views)
+  compressed = config.prefusion.fuse_compressed and not config.compressor.within
+  return views * config.vision.num_patches + (config.new_tokens(views) if compressed else 0)
 
 
 def prompt_sizes(

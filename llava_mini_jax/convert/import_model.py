@@ -26,7 +26,7 @@ from llava_mini_jax.convert.tokenizer_copy import copy_tokenizer
 from llava_mini_jax.data.conversation import load_template
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
-from llava_mini_jax.models.compressor import QueryCompressor
+from llava_mini_jax.models.compressors.query import QueryCompressor
 from llava_mini_jax.models.layers import LlamaLayer
 from llava_mini_jax.models.projector import Projector
 from llava_mini_jax.train.checkpoint import CheckpointError
@@ -175,7 +175,7 @@ def _drawn(model: LlavaMiniConfig, seed: int, path: str, shape: tuple[int, ...])
   def build(key: jax.Array) -> jax.Array:
     rngs = nnx.Rngs(key)
     if module == 'compressor':
-      made = QueryCompressor(model.compressor, model.compressor_width, rngs=rngs)
+      made = QueryCompressor(model, rngs=rngs)
     elif module == 'prefusion':
       made = LlamaLayer(model.decoder, rngs=rngs)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ CHANGEABLE = (
   'data.video_frames',
   'data.video_max_frames',
   'data.video_rule',
+  'model.compressor.keep',  # of mqt, which serves any number of tokens
   'model.dtype',
   'model.visual_chunk',
   'train.init_from',  # of a run with adapters, whose base may have moved
@@ -114,8 +116,8 @@ def change_experiment(experiment: Experiment, changes: Sequence[str]) -> Experim
     require_choice('set', name, CHANGEABLE)
     if name == 'train.init_from' and not experiment.train.lora_rank:
       raise ConfigError('set: train.init_from is read for runs with LoRA adapters alone; this one holds all parameters')
-    section, field = name.split('.')
-    values[section][field] = _literal(text)
+    *sections, field = name.split('.')
+    functools.reduce(dict.__getitem__, sections, values)[field] = _literal(text)
   return Experiment.from_dict(values)
 
 

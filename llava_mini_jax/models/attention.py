@@ -20,6 +20,7 @@ from llava_mini_jax.config import require_choice
 from llava_mini_jax.sharding import on_shards, platform, ways
 
 KINDS = ('auto', 'jnp', 'splash')
+BEHIND, CARRIES = 1, 2  # roles in `AttentionMask`
 CONTEXT = 'attention_context'  # what attention leaves, by name, for `layers.scan_layers`
 
 _LANES = 128
@@ -29,7 +30,7 @@ _WORTH_IT = 256  # shorter rows cost jnp little, and would be mostly padding in 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=['query_segments', 'key_segments', 'branch_ids'],
+  data_fields=['query_segments', 'key_segments', 'branch_ids', 'roles', 'order'],
   meta_fields=['causal'],
 )
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,20 @@ class AttentionMask:
   query_segments: jax.Array  # int32[B L]
   key_segments: jax.Array  # int32[B S]
   branch_ids: jax.Array | None = None  # int32[B L], as `types.Batch`; S is L then
+  # int32[B L]: a key that is BEHIND tokens that carry what it says (CARRIES) is seen by these two alone; 0 = any other
+  roles: jax.Array | None = None
+  order: jax.Array | None = None  # int32[B L], which keys are earlier; None = as they stand
   causal: bool = True
 
   def allowed(self) -> jax.Array:
     """bool[B L S] (query, key)."""
     mask = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-    if self.causal:
+    if self.causal and self.order is not None:
+      mask &= self.order[:, None, :] <= self.order[:, :, None]
+    elif self.causal:
       mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))
+    if self.roles is not None:
+      mask &= (self.roles[:, None, :] != BEHIND) | (self.roles[:, :, None] > 0)
     if self.branch_ids is not None:
       key = self.branch_ids[:, None, :]
       mask &= (key == 0) | (key == self.branch_ids[:, :, None])
@@ -60,7 +68,7 @@ class AttentionMask:
     Args:
       kind: 'jnp'; 'splash' (interpreted, slowly, where there is no TPU); 'auto' = splash on TPUs if the row is long
         enough and the heads fill its lanes. Rows that do not divide over the mesh go to jnp, and so do rows with
-        branches, which the kernel does not know.
+        branches, roles or another order, which the kernel does not know.
     Raises:
       ConfigError: another kind.
     """
@@ -68,7 +76,8 @@ class AttentionMask:
     (rows, length), keys = self.query_segments.shape, self.key_segments.shape[1]
     suits = length == keys >= _WORTH_IT and head_dim % _LANES == 0 and platform() == 'tpu'
     kernel = rows % ways('batch') == 0 and (kind == 'splash' or (kind == 'auto' and suits))
-    return self if kernel and self.branch_ids is None else self.allowed()[:, None]
+    plain = self.branch_ids is None and self.roles is None and self.order is None
+    return self if kernel and plain else self.allowed()[:, None]
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | jax.Array | None) -> jax.Array:

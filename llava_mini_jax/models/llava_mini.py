@@ -6,18 +6,22 @@ released package; where they differ a config field decides (docs/fidelity.md).
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.models.compressor import QueryCompressor
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig
+from llava_mini_jax.models.attention import AttentionMask
+from llava_mini_jax.models.compressors.voco import roles
 from llava_mini_jax.models.decoder import Decoder
 from llava_mini_jax.models.prefusion import Prefusion
 from llava_mini_jax.models.projector import Projector
 from llava_mini_jax.models.vision import VisionTower
+from llava_mini_jax.models.within import run_within
 from llava_mini_jax.sharding import constrain
 from llava_mini_jax.types import Batch, Seen
 
@@ -33,10 +37,17 @@ def to_raster(crops: jax.Array) -> jax.Array:
 class LlavaMini(nnx.Module):
   def __init__(self, config: LlavaMiniConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.vision = VisionTower(config.vision, scan=config.scan.of('vision'), rngs=rngs)
+    reads = config.compressor_class.reads if config.compressor_class else ()
+    self.vision = VisionTower(
+      config.vision,
+      scan=config.scan.of('vision'),
+      layers=config.compressor.layers if 'layers' in reads else (),
+      class_attention='class_attention' in reads,
+      rngs=rngs,
+    )
     self.projector = Projector(config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
-    if config.compressor.kind == 'query':
-      self.compressor = QueryCompressor(config.compressor, config.compressor_width, rngs=rngs)
+    if config.new_tokens(1):
+      self.compressor = config.compressor_class(config, rngs=rngs)
     scan, attention = config.scan, config.attention
     self.decoder = Decoder(config.decoder, scan=scan, attention=attention, rngs=rngs)
     if config.prefusion.num_layers:
@@ -57,23 +68,55 @@ class LlavaMini(nnx.Module):
 
   def hidden(self, batch: Batch) -> jax.Array:
     """Batch -> the decoder's normed hidden states [B L D]."""
-    return self.decoder(self.embed(batch), batch.positions, batch.segment_ids, batch.branch_ids)
+    if self.config.compressor.within:
+      return self.decoder.norm(self.run_within(batch, keep=lambda *_: None)[0])
+    x, batch = self.rows(batch)
+    return self.decoder(x, batch.positions, batch.segment_ids, batch.branch_ids, self.roles(batch))
+
+  def roles(self, batch: Batch) -> jax.Array | None:
+    """What tokens of a row are to each other, int32[B L], where the decoder itself compresses; else None."""
+    carries = self.config.compressor.kind == 'voco' and batch.pixels.shape[1]
+    return roles(self.config.compressor, batch) if carries else None
+
+  def run_within(self, batch: Batch, keep: Callable) -> tuple[jax.Array, tuple]:
+    """Every layer of a decoder that compresses inside: [B L D], and what is kept; see `within.run`."""
+    text = self.decoder.embed(batch.tokens, self.dtype)
+    visuals, views = batch.pixels.shape[1:3]
+    if not visuals:
+      patches = jnp.zeros((len(text), 0, self.config.vision.num_patches * views, text.shape[2]), text.dtype)
+      return run_within(self.decoder, None, text, patches, batch, self.config, keep)
+    without_slots = dataclasses.replace(batch, slot_index=batch.slot_index[:, :, :0])
+    x, patches, _ = self._spliced(text, without_slots)
+    return run_within(self.decoder, self.compressor, x, patches, batch, self.config, keep)
 
   def embed(self, batch: Batch) -> jax.Array:
     """Batch -> decoder input [B L D]: raw text, fused instructions, compressed tokens in their slots."""
+    return self.rows(batch)[0]
+
+  def rows(self, batch: Batch) -> tuple[jax.Array, Batch]:
+    """`embed`, and the batch with the positions and segments that hold once unused slots are left out."""
     text = self.decoder.embed(batch.tokens, self.dtype)
-    rows, visuals = batch.pixels.shape[:2]
-    if not visuals:
-      return text
+    if not batch.pixels.shape[1]:
+      return text, batch
+    x, _, kept = self._spliced(text, batch)
+    return x, batch if kept is None else without_unused_slots(batch, kept)
+
+  def _spliced(self, text: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     if self.config.detach_text:
       text = jax.lax.stop_gradient(text)
-    compressed, fused = self.see(text, batch)
-    if self.config.video_stop_grad and visuals > 1:
+    if batch.branch_ids is not None and self.config.compressor.kind == 'llama_vid':
+      raise ConfigError('compressor.kind=llama_vid: expected a question per row; found several side by side')
+    compressed, fused, kept = self.see(text, batch)
+    if self.config.video_stop_grad and batch.pixels.shape[1] > 1:
       compressed, fused = jax.lax.stop_gradient((compressed, fused))
-    return splice(text, compressed, fused, batch)
+    return splice(text, compressed[:, :, : batch.slot_index.shape[2]], fused, batch), compressed, kept
 
-  def see(self, text: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Every visual of a batch with its text: compressed tokens [B M C D], and the sum of fused text float32[B L D].
+  def see(self, text: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Every visual of a batch with its text.
+
+    Returns:
+      Compressed tokens [B M C D], the sum of fused text float32[B L D], and int32[B M] how many of the C tokens count,
+      the last ones; None = all.
 
     At most `visual_chunk` visuals of each row are in memory at a time; in the backward pass they are seen again.
     """
@@ -84,30 +127,33 @@ class LlavaMini(nnx.Module):
       some, index, mask = (
         jax.lax.dynamic_slice_in_dim(x, start, count, axis=1) for x in (views, batch.fuse_index, batch.fuse_mask)
       )
-      return self._see_some(text, some, index, mask, batch.branch_ids)
+      return self._see_some(text, some, index, mask, batch)
 
     if not 0 < chunk < visuals:
-      compressed, fused = see_from(0, visuals)
-      return compressed, sum_at(fused, batch.fuse_index, text.shape[1])
+      compressed, fused, kept = see_from(0, visuals)
+      return compressed, sum_at(fused, batch.fuse_index, text.shape[1]), kept
 
     total = jnp.zeros(text.shape, jnp.float32)
 
     def body(total, start):
-      compressed, fused = jax.checkpoint(see_from, static_argnums=1)(start, chunk)
+      compressed, fused, kept = jax.checkpoint(see_from, static_argnums=1)(start, chunk)
       index = jax.lax.dynamic_slice_in_dim(batch.fuse_index, start, chunk, axis=1)
-      return total + sum_at(fused, index, text.shape[1]), compressed
+      return total + sum_at(fused, index, text.shape[1]), (compressed, kept)
+
+    def joined(x):  # [chunks B m ...] -> [B chunks·m ...]
+      return jnp.moveaxis(x, 0, 1).reshape(text.shape[0], -1, *x.shape[3:])
 
     whole = visuals // chunk
-    total, compressed = jax.lax.scan(body, total, chunk * jnp.arange(whole))
-    compressed = jnp.moveaxis(compressed, 0, 1).reshape(text.shape[0], whole * chunk, *compressed.shape[3:])
+    total, found = jax.lax.scan(body, total, chunk * jnp.arange(whole))
+    found = jax.tree.map(joined, found)
     if rest := visuals - whole * chunk:
-      last, fused = see_from(whole * chunk, rest)
+      last, fused, kept = see_from(whole * chunk, rest)
       total += sum_at(fused, batch.fuse_index[:, whole * chunk :], text.shape[1])
-      compressed = jnp.concatenate([compressed, last], axis=1)
-    return compressed, total
+      found = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), found, (last, kept))
+    return found[0], total, found[1]
 
-  def _see_some(self, text, views, fuse_index, fuse_mask, branch_ids) -> tuple[jax.Array, jax.Array]:
-    """Some visuals of every row, as pixels or as features: compressed [B m C D], fused text [B m T D]."""
+  def _see_some(self, text, views, fuse_index, fuse_mask, batch: Batch):
+    """Some visuals of every row, as pixels or as features: compressed [B m C D], fused text [B m T D], kept [B m]."""
     rows, visuals = views.shape[:2]
 
     def fused_with_visual(of_tokens):  # [B L ...] -> [B·m T ...]
@@ -117,10 +163,11 @@ class LlavaMini(nnx.Module):
 
     views = views.reshape(rows * visuals, *views.shape[2:])
     features = views.astype(self.dtype) if views.ndim == 4 else self.encode_views(views)
-    branch_ids = None if branch_ids is None else fused_with_visual(branch_ids)
+    branch_ids = None if batch.branch_ids is None else fused_with_visual(batch.branch_ids)
     text_mask = fuse_mask.reshape(rows * visuals, -1)
-    compressed, fused = self.fuse(features, fused_with_visual(text), text_mask, branch_ids)
-    return compressed.reshape(rows, visuals, *compressed.shape[1:]), fused.reshape(rows, visuals, *fused.shape[1:])
+    kept = None if batch.kept is None else jnp.repeat(batch.kept, visuals, total_repeat_length=rows * visuals)
+    found = self._fuse(features, fused_with_visual(text), text_mask, branch_ids, kept)
+    return jax.tree.map(lambda x: x.reshape(rows, visuals, *x.shape[1:]), found)
 
   def encode_views(self, pixels: jax.Array) -> jax.Array:
     """pixels [B V height width 3] -> CLIP patch features [B V P W]."""
@@ -128,26 +175,46 @@ class LlavaMini(nnx.Module):
     features = self.vision(pixels.reshape(batch * views, *pixels.shape[2:]), self.dtype)
     return features.reshape(batch, views, *features.shape[1:])
 
-  def compress(self, features: jax.Array, *, return_attention: bool = False):
-    """features [B V P W] -> patches [B P' D] for pre-fusion and compressed tokens [B C D], both projected.
+  def compress(
+    self,
+    features: jax.Array,
+    text: jax.Array | None = None,
+    text_mask: jax.Array | None = None,
+    *,
+    return_attention: bool = False,
+  ):
+    """features [B V P W'] -> patches [B P' D] for pre-fusion and the compressor's tokens [B C D], both projected.
 
     With several views P' = [all crops as one raster; the whole image], and the crops' raster alone is compressed.
-    `return_attention` adds the compressor's head-mean attention float32[B C keys].
+    Without a compressor there are no tokens of its own. `return_attention` adds its head-mean attention
+    float32[B C keys]. text [B T D], text_mask bool[B T]: what a compressor that reads the text is given.
     """
+    patches, compressed, more = self._compress(features, text, text_mask, return_attention=return_attention)
+    return patches, compressed, *(more if return_attention and self.compressor.gives_attention else ())
+
+  def _compress(self, features, text, text_mask, *, return_attention: bool = False):
+    width, several = self.config.vision.hidden_size, features.shape[1] > 1
     whole = features[:, -1]
-    keys = to_raster(features[:, :-1]) if features.shape[1] > 1 else whole
-    patches = self.projector(whole)
-    if features.shape[1] > 1:
-      detail = self.projector(keys)
+    keys = to_raster(features[:, :-1]) if several else whole
+    patches = self.projector(whole[..., :width])
+    if several:
+      detail = self.projector(keys[..., :width])
       patches = jnp.concatenate([detail, patches], axis=1)
-    if self.config.compressor.kind == 'none':
-      return patches, patches
+    if self.config.compressor.within or not self.config.new_tokens(features.shape[1]):
+      return patches, patches[:, :0], ()
+    extras = keys[..., width:]
+    options = dict(text=(text, text_mask), project=self.projector, layers=extras, class_attention=extras)
+    options = {name: options[name] for name in self.compressor.reads}
+    if return_attention and self.compressor.gives_attention:
+      options['return_attention'] = True
+    keys = keys[..., :width]
     if self.config.compressor.space == 'llm':
-      keys = detail if features.shape[1] > 1 else patches
-    compressed, attention = self.compressor(keys, return_attention=True)
-    if self.config.compressor.space == 'vision':
+      keys = detail if several else patches
+    compressed = self.compressor(keys, **options)
+    compressed, *more = compressed if isinstance(compressed, tuple) else (compressed,)
+    if self.config.compressor.space == 'vision' and not self.compressor.projects:
       compressed = self.projector(compressed)
-    return (patches, compressed, attention) if return_attention else (patches, compressed)
+    return patches, compressed, tuple(more)
 
   def fuse(
     self, features: jax.Array, text: jax.Array, text_mask: jax.Array, branch_ids: jax.Array | None = None
@@ -155,23 +222,52 @@ class LlavaMini(nnx.Module):
     """One visual with the instruction tokens that belong to it.
 
     Args:
-      features: [B V P W]. text: [B T D] raw embeddings. text_mask: bool[B T].
+      features: [B V P W']. text: [B T D] raw embeddings. text_mask: bool[B T].
       branch_ids: int[B T], as `types.Batch`; vision is seen by every branch.
     Returns:
       compressed tokens [B C D], fused text [B T D] (what stands at masked tokens means nothing).
     """
-    patches, compressed = self.compress(features)
+    return self._fuse(features, text, text_mask, branch_ids, None)[:2]
+
+  def _fuse(self, features, text, text_mask, branch_ids, kept):
+    """`fuse`, and kept int32[B], how many of the compressed tokens count: the last ones, as it leaves them."""
+    patches, compressed, more = self._compress(features, text, text_mask)
+    kept = more[0] if more else kept
+    if kept is not None:  # the compressor gives those that count first
+      last = jnp.arange(compressed.shape[1]) + kept[:, None]
+      compressed = jnp.take_along_axis(compressed, (last % compressed.shape[1])[..., None], axis=1)
+    vision = jnp.concatenate([patches, compressed], axis=1)
+    within = self.config.compressor.within  # then all patches go to the decoder
+    first = 0 if within else vision.shape[1] - self.config.slots_per_visual(features.shape[1])
     if not self.config.prefusion.num_layers:
-      return compressed, text
+      return vision[:, first:], text, kept
     fuse_compressed = self.config.prefusion.fuse_compressed
-    separate = fuse_compressed and self.config.compressor.kind != 'none'
-    x = jnp.concatenate([patches, compressed, text] if separate else [patches, text], axis=1)
-    seen = x.shape[1] - text.shape[1]
-    valid = jnp.concatenate([jnp.ones((x.shape[0], seen), bool), text_mask], axis=1)
+    seen = vision if fuse_compressed else patches
+    valid = jnp.ones(seen.shape[:2], bool)
+    if kept is not None and fuse_compressed:
+      valid = jnp.arange(seen.shape[1])[::-1] < kept[:, None]
+      valid |= jnp.arange(seen.shape[1]) < patches.shape[1]
     if branch_ids is not None:
-      branch_ids = jnp.pad(branch_ids, ((0, 0), (seen, 0)))
+      branch_ids = jnp.pad(branch_ids, ((0, 0), (seen.shape[1], 0)))
+    x = jnp.concatenate([seen, text], axis=1)
+    valid = jnp.concatenate([valid, text_mask], axis=1)
     x = self.prefusion(constrain(x, 'batch', 'length', 'act_embed'), valid, branch_ids)
-    return x[:, seen - compressed.shape[1] : seen] if fuse_compressed else compressed, x[:, seen:]
+    vision = x[:, : seen.shape[1]] if fuse_compressed else vision
+    return vision[:, first:], x[:, seen.shape[1] :], kept
+
+
+def without_unused_slots(batch: Batch, kept: jax.Array) -> Batch:
+  """Of C slots of each visual the last kept, int32[B M], count: the others become padding, and take no position."""
+  c = batch.slot_index.shape[2]
+  unused = jnp.arange(c) < c - kept[..., None]  # bool[B M C]
+
+  def one_row(index, unused):
+    return jnp.zeros(batch.tokens.shape[1], bool).at[index.reshape(-1)].set(unused.reshape(-1), mode='drop')
+
+  unused = jax.vmap(one_row)(batch.slot_index, unused)
+  before = AttentionMask(batch.segment_ids, batch.segment_ids).allowed() & unused[:, None, :]  # bool[B L L]
+  segments = jnp.where(unused, 0, batch.segment_ids)
+  return dataclasses.replace(batch, positions=batch.positions - before.sum(2), segment_ids=segments)
 
   def see_once(self, features: jax.Array) -> Seen:
     """Features [n V P W] -> what any text finds of these visuals: the part of `fuse` before the text."""

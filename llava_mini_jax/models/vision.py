@@ -84,15 +84,26 @@ class VisionLayer(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-  def __init__(self, config: VisionConfig, *, scan: ScanConfig, rngs: nnx.Rngs):
+  """layers: further hidden states that it gives. class_attention: also what `_class_attention` says."""
+
+  def __init__(
+    self,
+    config: VisionConfig,
+    *,
+    scan: ScanConfig,
+    layers: tuple[int, ...] = (),
+    class_attention: bool = False,
+    rngs: nnx.Rngs,
+  ):
     self.config = config
     self.scan = scan
+    self.also, self.class_attention = layers, class_attention
     w, p = config.hidden_size, config.patch_size
     self.patch_embedding = param(rngs, fan_in(0, 1, 2), (p, p, 3, w), (None, None, None, 'vision_embed'))
     self.class_embedding = param(rngs, nnx.initializers.normal(0.02), (w,), ('norm',))
     self.position_embedding = param(rngs, _initial_positions, (config.num_patches + 1, w), ('position', 'vision_embed'))
     self.pre_layernorm = LayerNorm(w, config.layer_norm_eps, rngs=rngs)
-    count = config.num_hidden_layers if config.keep_unused_layers else config.run_layers
+    count = config.num_hidden_layers if config.keep_unused_layers else config.run_layers + class_attention
     self.layers = stack_layers(lambda rngs: VisionLayer(config, rngs=rngs), count, rngs) if count else None
     if config.keep_unused_layers:
       self.post_layernorm = LayerNorm(w, config.layer_norm_eps, rngs=rngs)
@@ -108,9 +119,33 @@ class VisionTower(nnx.Module):
     return self.pre_layernorm(constrain(x, 'batch', 'length', 'act_embed'))
 
   def __call__(self, pixels: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """uint8 or normalised float [B height width 3] -> patch features of the selected layer, [B P W]."""
-    x = self.embed(pixels, dtype)
-    if run := self.config.run_layers:
-      layers = jax.tree.map(lambda leaf: leaf[:run], self.layers)
-      x, _ = scan_layers(lambda x, layer: (layer(x), None), x, layers, self.scan)
-    return x[:, 1:]
+    """uint8 or normalised float [B height width 3] -> patch features of the selected layer, [B P W].
+
+    What else the tower is asked for is joined to them: [B P W'].
+    """
+    x, at, states = self.embed(pixels, dtype), 0, {}
+    for stop in sorted({*self.also, self.config.run_layers}):
+      if stop > at:
+        layers = jax.tree.map(lambda leaf, at=at, stop=stop: leaf[at:stop], self.layers)
+        x, _ = scan_layers(lambda x, layer: (layer(x), None), x, layers, self.scan)
+      at, states[stop] = stop, x
+    found = [x[:, 1:], *(states[i][:, 1:] for i in self.also)]
+    if self.class_attention:
+      found += self._class_attention(x)
+    return jnp.concatenate(found, axis=2) if len(found) > 1 else found[0]
+
+  def _class_attention(self, x: jax.Array) -> list[jax.Array]:
+    """Keys of the layer after the selected one [B P W], heads joined, and the class token's attention to them [B P 1].
+
+    One softmax over all W channels, scaled by 1/sqrt(W), the class token included (PruMerge).
+    """
+    layer = jax.tree.map(lambda leaf: leaf[self.config.run_layers], self.layers)
+    attention, y = layer.self_attn, layer.layer_norm1(x)
+
+    def heads(y, name):
+      out = linear(y, getattr(attention, name)[...]) + getattr(attention, f'{name}_bias')[...].astype(y.dtype)
+      return out.reshape(*y.shape[:2], -1)
+
+    q, k = heads(y[:, :1], 'q_proj'), heads(y, 'k_proj')
+    scores = jnp.einsum('BCW,BPW->BCP', q, k, preferred_element_type=jnp.float32) / math.sqrt(x.shape[-1])
+    return [k[:, 1:], jax.nn.softmax(scores, axis=-1).swapaxes(1, 2)[:, 1:].astype(x.dtype)]

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.models.compressors.mqt import draw_kept
 from llava_mini_jax.models.llava_mini import build
 from llava_mini_jax.sharding import compiler_options, replicated, use_mesh
 from llava_mini_jax.train.accumulation import gradients
@@ -154,6 +155,8 @@ def make_trainer(
     compiler_options=compiler_options(mesh),
   )
   def step(state: State, batch: Batch):
+    batch = draw_kept(config.compressor, batch, state['step'])
+
     def loss_fn(params, batch):
       flat = flatten(params) | flatten(state['frozen'])
       model = merge(graphdef, attach(flat, lora.scale) if lora else flat)

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from small_model import random_params
 from tiny_run import experiment, make_dataset
 
@@ -28,8 +29,8 @@ from llava_mini_jax.train.tree import parameter_shapes
 BASE = experiment('')
 ALLOWED = (
   'data.aspect, data.default_system, data.frame_resize, data.grid, data.grid_order, data.template, data.video_fps, '
-  'data.video_frames, data.video_max_frames, data.video_rule, model.dtype, model.visual_chunk, '
-  'train.init_from'
+  'data.video_frames, data.video_max_frames, data.video_rule, model.compressor.keep, model.dtype, '
+  'model.visual_chunk, train.init_from'
 )
 OTHER = {  # a value that is not the run's, as it is typed and as it is meant
   'data.aspect': ('crop', 'crop'),
@@ -42,6 +43,7 @@ OTHER = {  # a value that is not the run's, as it is typed and as it is meant
   'data.video_frames': ('8', 8),
   'data.video_max_frames': ('64', 64),
   'data.video_rule': ('"released"', 'released'),
+  'model.compressor.keep': ('4', 4),
   'model.dtype': ('bfloat16', 'bfloat16'),
   'model.visual_chunk': ('16', 16),
   'train.init_from': ('moved/base', 'moved/base'),
@@ -71,7 +73,7 @@ def mesh():
 
 
 def flat(config: Experiment) -> dict[str, object]:
-  return {f'{section}.{field}': value for section, part in config.to_dict().items() for field, value in part.items()}
+  return traverse_util.flatten_dict(config.to_dict(), sep='.')
 
 
 @pytest.mark.parametrize('name', CHANGEABLE)

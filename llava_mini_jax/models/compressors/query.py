@@ -13,13 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_mini_jax.config import CompressorConfig
+from llava_mini_jax.config import CompressorConfig, ConfigError, LlavaMiniConfig
+from llava_mini_jax.models.compressors.base import Compressor
 from llava_mini_jax.models.layers import LayerNorm, fan_in, linear, param, zeros
 from llava_mini_jax.models.positions import resize_table, sincos_table
 
 
-class QueryCompressor(nnx.Module):
-  def __init__(self, config: CompressorConfig, width: int, *, rngs: nnx.Rngs):
+class QueryCompressor(Compressor):
+  inside = True
+  gives_attention = True
+
+  def __init__(self, model: LlavaMiniConfig, *, rngs: nnx.Rngs):
+    config, width = model.compressor, model.compressor_width
     self.config = config
     c, n = config.grid**2, config.num_heads
     self.query = param(rngs, nnx.initializers.truncated_normal(config.init_std), (c, width), ('position', 'norm'))
@@ -39,6 +44,23 @@ class QueryCompressor(nnx.Module):
         setattr(self, f'{name}_bias', param(rngs, zeros, heads, axes))
       self.out_proj = param(rngs, fan_in(0, 1), (*heads, width), (*axes, 'vision_embed'))
       self.out_proj_bias = param(rngs, zeros, (width,), ('norm',))
+
+  @staticmethod
+  def check(model: LlavaMiniConfig) -> None:
+    width, heads = model.compressor_width, model.compressor.num_heads
+    if model.compressor.attention == 'mha' and width % heads:
+      raise ConfigError(f'compressor width {width} is not a multiple of num_heads={heads}')
+
+  @staticmethod
+  def tokens(config: CompressorConfig, patches: int) -> int:
+    return config.grid**2
+
+  @staticmethod
+  def flops(model: LlavaMiniConfig, patches: int, images: int, text: int) -> tuple[float, float]:
+    """The queries are projected once for all images; the resize of the position table is left out."""
+    config, width, c = model.compressor, model.compressor_width, model.compressor.grid**2
+    linears = 2.0 * width**2 * (images * (2 * patches + c) + c) if config.attention == 'mha' else 0.0
+    return linears, 4.0 * images * patches * c * width
 
   def key_positions(self, num_keys: int) -> jax.Array:
     """float32[P W]: the position added to each key. Raises ValueError unless num_keys is a square."""
