@@ -66,7 +66,7 @@ _ROPE_TYPES = {field.name: type(field.default) for field in dataclasses.fields(R
 OURS, _OUR_FIELDS = 'llava_mini_jax', ('template', 'default_system', 'grid_order')
 # What a released checkpoint always is; other values compute something else.
 _RELEASED_FIXED = dict(
-  compressor=dict(kind='query', num_heads=8, space='vision', attention='mha', key_position='query_table'),
+  compressor=dict(kind='query', within=0, num_heads=8, space='vision', attention='mha', key_position='query_table'),
   prefusion=dict(fuse_compressed=True),
 )
 
@@ -310,6 +310,8 @@ def _require_released(model: LlavaMiniConfig, data: DataConfig, bare: bool) -> N
       found = getattr(getattr(model, section), name)
       if found != value:
         faults.append(f'{section}.{name}: expected {value!r}, found {found!r}')
+  if not bare and not model.compressor.grid:
+    faults.append('compressor.grid: expected 1 or more, found 0')
   if faults:
     raise ConfigError(f'the released layout cannot hold this model: {"; ".join(faults)}')
 

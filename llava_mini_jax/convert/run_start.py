@@ -17,7 +17,7 @@ from llava_mini_jax.train.tree import parameter_shapes
 # Fields that change what a module computes and not the shapes of its parameters.
 _MEANING = dict(
   vision=('num_hidden_layers', 'select_layer', 'layer_norm_eps'),
-  compressor=('space', 'attention', 'key_position', 'num_heads'),
+  compressor=('kind', 'space', 'within', 'attention', 'key_position', 'num_heads', 'layers'),
   prefusion=('fuse_compressed',),
   decoder=('rope_theta', 'rope_scaling', 'rms_norm_eps'),
 )

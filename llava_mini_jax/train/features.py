@@ -38,10 +38,20 @@ Progress = Callable[[int], object]
 def check_experiment(experiment: Experiment, trainer: Trainer) -> None:
   """Raises ConfigError for a run with features that trains the tower they come from."""
   training = [path for path in flatten(trainer.abstract['params']) if path.removeprefix(PREFIX).startswith('vision/')]
+  if experiment.data.features:
+    check_reads(experiment)
   if experiment.data.features and training:
     raise ConfigError(
       f'data.features: expected train.groups that freeze the vision tower; found {training[0]} training'
     )
+
+
+def check_reads(experiment: Experiment) -> None:
+  """Raises ConfigError for a compressor that reads more of the tower than the features, which are what is stored."""
+  kind = experiment.model.compressor_class
+  if kind and {'layers', 'class_attention'} & set(kind.reads):
+    name = experiment.model.compressor.kind
+    raise ConfigError(f'data.features: expected a compressor that reads the selected layer alone; found {name}')
 
 
 def check_tower(features: Features | MixedFeatures | None, experiment: Experiment, trainer: Trainer, frozen) -> None:
@@ -111,6 +121,7 @@ def write_features(
     raise ConfigError(f'shard: expected I/N with I from 0 to N - 1; found {shard_index}/{shard_count}')
   if not experiment.train.init_from:
     raise ConfigError('train.init_from: expected the run whose vision tower makes the features; found none')
+  check_reads(experiment)
   model, processor = experiment.model, media_processor(experiment.data, experiment.model)
   sources = feature_sources(experiment.data)
   mesh = make_mesh((-1, 1, 1), jax.local_devices())

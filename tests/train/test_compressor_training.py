@@ -13,6 +13,7 @@ from small_model import lay_out, random_sample, small_config
 from llava_mini_jax.compressor_recipes import DEFAULTS, compared_stage
 from llava_mini_jax.config import COMPRESSORS, ConfigError, LlavaMiniConfig
 from llava_mini_jax.sharding import make_mesh, use_mesh
+from llava_mini_jax.train.features import check_reads
 from llava_mini_jax.train.optimizer import assign_groups
 from llava_mini_jax.train.step import make_trainer
 from llava_mini_jax.train.tree import flatten, parameter_shapes
@@ -88,3 +89,16 @@ def test_pre_fusion_may_be_added_to_a_recipe():
   assert found.model.prefusion.num_layers == 3
   with pytest.raises(ConfigError, match='^stage: expected one of stage1, stage2; found'):
     compared_stage(model, 'mqt', 'stage3', template='vicuna_v1', name='x')
+
+
+def test_stored_features_are_not_all_that_some_kinds_read():
+  model = LlavaMiniConfig.preset('vicuna_7b')
+  for kind in COMPRESSORS:
+    found = compared_stage(model, kind, 'stage2', template='vicuna_v1', name='x')
+    if kind not in ('prumerge', 'prumerge_plus', 'tokenpacker'):
+      check_reads(found)
+      continue
+    with pytest.raises(ConfigError) as error:
+      check_reads(found)
+    expected = f'data.features: expected a compressor that reads the selected layer alone; found {kind}'
+    assert str(error.value) == expected
