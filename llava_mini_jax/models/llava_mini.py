@@ -271,15 +271,17 @@ def without_unused_slots(batch: Batch, kept: jax.Array) -> Batch:
 
   def see_once(self, features: jax.Array) -> Seen:
     """Features [n V P W] -> what any text finds of these visuals: the part of `fuse` before the text."""
-    patches, compressed = self.compress(features)
+    patches, compressed, _ = self._compress(features, None, None)
+    vision = jnp.concatenate([patches, compressed], axis=1)
+    first = vision.shape[1] - self.config.slots_per_visual(features.shape[1])
     if not self.config.prefusion.num_layers:
       nothing = jnp.zeros((0, len(features), 0, self.config.decoder.num_key_value_heads, 1), self.dtype)
-      return Seen(compressed, nothing, nothing)
+      return Seen(vision[:, first:], nothing, nothing)
     fuse_compressed = self.config.prefusion.fuse_compressed
-    separate = fuse_compressed and self.config.compressor.kind != 'none'
-    x = jnp.concatenate([patches, compressed], axis=1) if separate else patches
-    x, keys, values = self.prefusion.see(constrain(x, 'batch', 'length', 'act_embed'))
-    return Seen(x[:, -compressed.shape[1] :] if fuse_compressed else compressed, keys, values)
+    x, keys, values = self.prefusion.see(
+      constrain(vision if fuse_compressed else patches, 'batch', 'length', 'act_embed')
+    )
+    return Seen((x if fuse_compressed else vision)[:, first:], keys, values)
 
   def read(self, text: jax.Array, seen: Seen) -> jax.Array:
     """Raw embeddings [n T D], each with its visual -> fused text [n T D], as `fuse` gives it. Padding comes last."""
