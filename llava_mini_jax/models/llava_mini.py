@@ -255,20 +255,6 @@ class LlavaMini(nnx.Module):
     vision = x[:, : seen.shape[1]] if fuse_compressed else vision
     return vision[:, first:], x[:, seen.shape[1] :], kept
 
-
-def without_unused_slots(batch: Batch, kept: jax.Array) -> Batch:
-  """Of C slots of each visual the last kept, int32[B M], count: the others become padding, and take no position."""
-  c = batch.slot_index.shape[2]
-  unused = jnp.arange(c) < c - kept[..., None]  # bool[B M C]
-
-  def one_row(index, unused):
-    return jnp.zeros(batch.tokens.shape[1], bool).at[index.reshape(-1)].set(unused.reshape(-1), mode='drop')
-
-  unused = jax.vmap(one_row)(batch.slot_index, unused)
-  before = AttentionMask(batch.segment_ids, batch.segment_ids).allowed() & unused[:, None, :]  # bool[B L L]
-  segments = jnp.where(unused, 0, batch.segment_ids)
-  return dataclasses.replace(batch, positions=batch.positions - before.sum(2), segment_ids=segments)
-
   def see_once(self, features: jax.Array) -> Seen:
     """Features [n V P W] -> what any text finds of these visuals: the part of `fuse` before the text."""
     patches, compressed, _ = self._compress(features, None, None)
@@ -286,6 +272,20 @@ def without_unused_slots(batch: Batch, kept: jax.Array) -> Batch:
   def read(self, text: jax.Array, seen: Seen) -> jax.Array:
     """Raw embeddings [n T D], each with its visual -> fused text [n T D], as `fuse` gives it. Padding comes last."""
     return self.prefusion.read(text, seen.keys, seen.values) if self.config.prefusion.num_layers else text
+
+
+def without_unused_slots(batch: Batch, kept: jax.Array) -> Batch:
+  """Of C slots of each visual the last kept, int32[B M], count: the others become padding, and take no position."""
+  c = batch.slot_index.shape[2]
+  unused = jnp.arange(c) < c - kept[..., None]  # bool[B M C]
+
+  def one_row(index, unused):
+    return jnp.zeros(batch.tokens.shape[1], bool).at[index.reshape(-1)].set(unused.reshape(-1), mode='drop')
+
+  unused = jax.vmap(one_row)(batch.slot_index, unused)
+  before = AttentionMask(batch.segment_ids, batch.segment_ids).allowed() & unused[:, None, :]  # bool[B L L]
+  segments = jnp.where(unused, 0, batch.segment_ids)
+  return dataclasses.replace(batch, positions=batch.positions - before.sum(2), segment_ids=segments)
 
 
 def sum_at(fused: jax.Array, fuse_index: jax.Array, length: int) -> jax.Array:

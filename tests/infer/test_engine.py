@@ -150,6 +150,8 @@ def test_high_resolution_beside_plain_images(run, engine, expected):
     dict(prefusion=dict(fuse_compressed=False)),
     dict(prefusion=dict(num_layers=0), compressor=dict(kind='none')),
     dict(compressor=dict(grid=2, space='llm'), prefusion=dict(fuse_token_zero=True)),
+    dict(compressor=dict(kind='mqt', grid=3, keep=4)),
+    dict(compressor=dict(kind='average', grid=2)),
   ],
   ids=str,
 )
@@ -159,6 +161,22 @@ def test_other_models(tokenizer, model):
   prompts = MIX[:3]
   answers = Engine(run, slots=4, max_length=128).generate([greedy(prompt) for prompt in prompts])
   assert [answer.ids for answer in answers] == alone(run, prompts, TOKENS)
+
+
+@pytest.mark.parametrize(
+  'compressor',
+  [
+    dict(kind='llama_vid', space='vision'),
+    dict(kind='voco', keep=1),
+    dict(kind='prumerge', keep=3, neighbours=2, elastic=True, space='vision'),
+    dict(kind='average', within=1, space='llm'),
+  ],
+  ids=str,
+)
+def test_what_a_question_changes_is_refused(tokenizer, compressor):
+  run = loaded(asked(compressor=compressor), tokenizer)
+  with pytest.raises(ConfigError, match='^Engine: expected a compressor whose tokens are the same for every question'):
+    Engine(run, slots=4, max_length=128)
 
 
 def test_eight_devices_answer_as_one(tokenizer, expected):
