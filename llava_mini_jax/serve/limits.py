@@ -1,0 +1,32 @@
+"""What one request, and all of them together, may ask of the server."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from llava_mini_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """Raises ConfigError: a number below 1."""
+
+  body_bytes: int = 20 * 2**20  # -> 413
+  read_seconds: float = 30.0  # until the whole body is there -> 408
+  header_seconds: float = 10.0  # until the head of a request is there; then the connection is closed
+  media: int = 8  # images and videos of a request -> 422
+  frames: int = 64  # images and frames of a request -> 422
+  characters: int = 131_072  # of text, before it is tokenized -> 422
+  new_tokens: int = 1024  # of an answer -> 422
+  queue: int = 32  # requests without a slot -> 429
+  retry_seconds: int = 1  # said with 429
+  cached_visuals: int = 64  # images and frames whose vision part is kept
+  file_bytes: int = 256 * 2**20  # of uploads that are kept
+  prepare_threads: int = 2  # that decode media
+  drain_seconds: int = 60  # for open answers, once the server is told to end
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value, least = getattr(self, field.name), 0 if field.name in ('queue', 'cached_visuals') else 1e-3
+      if not value >= least:
+        raise ConfigError(f'Limits.{field.name}: expected a positive number; found {value!r}')
