@@ -5,11 +5,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VIDEO = ['av>=18.1']
-SERVE = ['fastapi>=0.115', 'prometheus_client>=0.20', 'python-multipart>=0.0.18', 'uvicorn>=0.30']
+SERVE = ['fastapi>=0.115', 'httpx>=0.27', 'prometheus_client>=0.20', 'python-multipart>=0.0.18', 'uvicorn>=0.30']
 TEST = [
   *VIDEO,
   *SERVE,
-  'httpx>=0.27',
   # its compiler, which needs no TPU; there is no wheel for other platforms
   'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86_64"',
   'openai>=1.50',
@@ -58,6 +57,7 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
     'profile': ['xprof>=2.20'],
+    'browser': ['playwright>=1.45'],  # tests of the page, where there is a Chromium
     'serve': SERVE,
     'video': VIDEO,
     'beam': ['apache-beam>=2.77', 'importlib_resources>=6.0'],  # the second is what TFDS's builders need besides

@@ -6,11 +6,13 @@ python launch/benchmark.py input --config=configs/tiny_easy_vqa.py
 python launch/benchmark.py video_memory --preset=tiny --frames=100,1000,10800 --chunk=16 --run
 python launch/benchmark.py video_memory --preset=vicuna_7b --frames=100,1000,10800 --chunk=16
 python launch/benchmark.py packing
+python launch/benchmark.py serve --url=http://127.0.0.1:8000 --clients=8 --seconds=30
 python launch/benchmark.py import_memory --layers=10 --out=benchmark
 python launch/benchmark.py export_memory --layers=2 --out=benchmark
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -36,6 +38,12 @@ _LAYERS = flags.DEFINE_integer(
 )
 _OUT = flags.DEFINE_string('out', 'benchmark', 'Of import_memory, export_memory: new directory for what is generated.')
 
+_URL = flags.DEFINE_string('url', 'http://127.0.0.1:8000', 'Of serve: a server that runs; its key in LLAVA_MINI_KEY.')
+_CLIENTS = flags.DEFINE_integer('clients', 8, 'Of serve: that ask at the same time.', lower_bound=1)
+_SECONDS = flags.DEFINE_float('seconds', 30.0, 'Of serve: how long they ask.', lower_bound=0.1)
+_IMAGES = flags.DEFINE_integer('images', 64, 'Of serve: different images that are asked about.', lower_bound=1)
+_TOKENS = flags.DEFINE_integer('tokens', 16, 'Of serve: most tokens of an answer.', lower_bound=1)
+
 
 def _convert_memory(costs) -> str:
   out = Path(_OUT.value)
@@ -54,11 +62,20 @@ def _input() -> str:
   return input_pipeline.describe(input_pipeline.input_speed(Experiment.from_dict(_CONFIG.value)))
 
 
+def _serve() -> str:
+  from llava_mini_jax.benchmark import serve_load  # needs what [serve] installs
+
+  counts = dict(clients=_CLIENTS.value, images=_IMAGES.value, tokens=_TOKENS.value)
+  key = os.environ.get('LLAVA_MINI_KEY', '')
+  return serve_load.describe(*serve_load.load(_URL.value, seconds=_SECONDS.value, key=key, **counts))
+
+
 MEASURES = {
   'train': lambda: train_step.describe([train_step.compare(name, rounds=_ROUNDS.value) for name in _SIZES.value]),
   'scaling': lambda: '\n'.join(scaling.describe(scaling.scaling(name)) for name in _SIZES.value),
   'input': _input,
   'video_memory': _video_memory,
+  'serve': _serve,
   'packing': lambda: packing_gain.describe(packing_gain.gains()),
   'import_memory': lambda: _convert_memory(convert_memory.import_costs),
   'export_memory': lambda: _convert_memory(convert_memory.export_costs),

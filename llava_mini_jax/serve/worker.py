@@ -51,13 +51,13 @@ class Worker:
   """Owns the stepping of an engine.
 
   Attributes:
-    failed: whether a step raised; then nothing is answered any more.
+    failed: whether a step raised; then nothing is answered any more. most: requests that have a place at a time.
   """
 
   def __init__(self, engine: Engine, *, queue: int, retry_seconds: int):
     """queue: how many requests may wait for a slot. retry_seconds: told to those that may not."""
     self.engine, self.failed = engine, False
-    self._most, self._retry = engine.core.slots + queue, retry_seconds
+    self.most, self._retry = engine.core.slots + queue, retry_seconds
     self._places = 0
     self._open: set[Answering] = set()
     self._wake = threading.Condition()
@@ -83,9 +83,9 @@ class Worker:
     """Raises Refused: 503 after a failure, 429 where all places are taken."""
     if self.failed:
       raise Refused(503, FAILED)
-    if self._places >= self._most:
+    if self._places >= self.most:
       retry = {'retry-after': str(self._retry)}
-      raise Refused(429, f'all {self._most} places are taken; try again in {self._retry} s', headers=retry)
+      raise Refused(429, f'all {self.most} places are taken; try again in {self._retry} s', headers=retry)
 
   @contextlib.contextmanager
   def place(self) -> Iterator[None]:

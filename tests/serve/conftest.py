@@ -9,13 +9,13 @@ from llava_mini_jax.data.tokenizer import load_tokenizer
 from llava_mini_jax.infer.engine import Engine
 
 
-@pytest.fixture(scope='module')
-def engine(tmp_path_factory, quick_compilation):
+@pytest.fixture(scope='session')
+def engine(tmp_path_factory):
   tokenizer = load_tokenizer(make_dataset(tmp_path_factory.getbasetemp()) / 'tokenizer')
   return Engine(loaded(asked(), tokenizer), slots=4, max_length=128, visual_chunk=4)
 
 
 @pytest.fixture(scope='module')
-def server(engine):
+def server(engine, quick_compilation):
   with served(engine) as one:
     yield one

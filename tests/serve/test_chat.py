@@ -17,6 +17,7 @@ from llava_mini_jax.infer.engine import Request
 from llava_mini_jax.infer.prompts import Prompt
 from llava_mini_jax.infer.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 TOKENS = 6
 
 

@@ -18,6 +18,7 @@ from tiny_run import COLORS, QUESTIONS, command, picture, trained
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.serve.run import KEY_VARIABLE, read_key
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 PATH = '/v1/chat/completions'
 
 
@@ -95,12 +96,11 @@ def test_an_engine_that_fails(engine, caplog):
     def fails(*arguments):
       raise ValueError('secret of the devices')
 
-    with slow_steps(engine):
-      with server.http.stream('POST', PATH, json=chat(max_tokens=60, stream=True)) as streamed:
-        wait(lambda: engine.core.active == 1)
-        engine.core.programs.step = fails
-        whole = server.ask()
-        events = streamed.read().decode().strip().split('\n\n')
+    with slow_steps(engine), server.http.stream('POST', PATH, json=chat(max_tokens=60, stream=True)) as streamed:
+      wait(lambda: engine.core.active == 1)
+      engine.core.programs.step = fails
+      whole = server.ask()
+      events = streamed.read().decode().strip().split('\n\n')
     engine.core.programs.step = before
     message = 'the engine failed; the server must be started again'
     assert (whole.status_code, whole.json()['error']['message']) == (500, message)
@@ -109,7 +109,7 @@ def test_an_engine_that_fails(engine, caplog):
     assert (later.status_code, health.status_code, health.json()) == (503, 503, dict(status='failed'))
     assert 'secret' not in whole.text + ''.join(events) + later.text
     assert 'secret of the devices' in caplog.text
-    engine.core._slots = [None] * engine.core.slots
+    assert not engine.step() and engine.core.active == 0  # whoever was told so has left
 
 
 def test_a_request_that_fails_alone(server, engine, monkeypatch, caplog):

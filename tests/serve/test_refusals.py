@@ -17,6 +17,7 @@ from serving import chat, data_uri, png, served, shows, wait
 
 from llava_mini_jax.serve.limits import Limits
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 PATH = '/v1/chat/completions'
 IMAGE = data_uri(png(images(0)[0]))
 
