@@ -14,7 +14,7 @@ from llava_mini_jax.cli import launch
 from llava_mini_jax.infer.engine import Engine
 from llava_mini_jax.serve.app import make_app
 from llava_mini_jax.serve.limits import Limits
-from llava_mini_jax.serve.run import announce, host_names, listen, read_key, serve, warm_up
+from llava_mini_jax.serve.run import announce, host_names, listen, read_key, serve, usual_length, warm_up
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Directory of the run.')
 _NAME = flags.DEFINE_string('name', None, 'What clients call the model; default the name of the directory.')
@@ -25,7 +25,7 @@ _STEP = flags.DEFINE_integer('step', None, 'Checkpoint step; default the newest.
 _DTYPE = flags.DEFINE_string('dtype', '', 'bfloat16 or float32; default as trained.')
 _QUANTIZE = flags.DEFINE_string('quantize', '', 'int8, int4 or nf4 kernels.')
 _SLOTS = flags.DEFINE_integer('slots', 8, 'Answers that are decoded together.', lower_bound=1)
-_MAX_LENGTH = flags.DEFINE_integer('max_length', 1024, 'Most tokens of a prompt, with vision slots, and its answer.')
+_MAX_LENGTH = flags.DEFINE_integer('max_length', 0, 'Most tokens of a prompt and its answer; 0 = 2048, or what fits.')
 _MAX_NEW = flags.DEFINE_integer('max_new_tokens', Limits.new_tokens, 'Most tokens of an answer.', lower_bound=1)
 _QUEUE = flags.DEFINE_integer('queue', Limits.queue, 'Requests that may wait for a slot.', lower_bound=0)
 _SET = flags.DEFINE_multi_string('set', [], 'section.field=value: ask with other input settings; may be repeated.')
@@ -43,7 +43,7 @@ def main(_) -> None:
     step=_STEP.value,
     changes=_SET.value,
     slots=_SLOTS.value,
-    max_length=_MAX_LENGTH.value,
+    max_length=_MAX_LENGTH.value or usual_length(_CHECKPOINT.value, _STEP.value),
   )
   if _WARM_UP.value:
     warm_up(engine)

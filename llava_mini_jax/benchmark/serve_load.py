@@ -1,7 +1,7 @@
 """A server under load, from another process: requests per second, time to first token, what is lost, overload.
 
-Clients ask one after the other and read each answer to its end as it streams. Then as many as there are places, and
-twice as many more, ask at once: those without a place are to be told 429, and the server to go on as before.
+Clients ask one after the other and read each answer to its end as it streams. Then three times as many as there are
+places do, without a pause after a refusal: those without a place are to be told 429, and the server to go on as before.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL import Image
 from llava_mini_jax.config import ConfigError
 
 QUESTION = 'what color is the shape?'
+_OVERLOAD = 5.0  # seconds
 _SIZE = 64  # pixels a side of the images that are sent
 
 
@@ -64,7 +65,8 @@ async def _load(url: str, clients: int, seconds: float, images: int, tokens: int
     await asyncio.gather(*(_client(http, bodies, steady, began + seconds) for _ in range(clients)))
     steady.seconds = time.monotonic() - began
     over, began = Load(), time.monotonic()
-    await asyncio.gather(*(_ask(http, next(bodies), over) for _ in range(3 * _places(metrics))))
+    crowd = 3 * _places(metrics)
+    await asyncio.gather(*(_client(http, bodies, over, began + min(seconds, _OVERLOAD)) for _ in range(crowd)))
     over.seconds = time.monotonic() - began
     after = Load()
     await _ask(http, next(bodies), after)
@@ -140,7 +142,7 @@ def describe(steady: Load, over: Load, recovered: bool) -> str:
       f'{count} answers in {steady.seconds:.1f} s: {count / steady.seconds:.1f} requests/s, {steady.lost} lost, '
       f'{steady.statuses.total() - steady.statuses[200]} refused, {steady.reused} about an image seen before',
       f'time to first token: {milliseconds(steady.first)}; to the last: {milliseconds(steady.whole)}',
-      f'overload, {over.statuses.total() + over.lost} at once: {statuses}, {over.lost} lost; '
+      f'overload, {over.seconds:.1f} s of three clients per place: {statuses}, {over.lost} lost; '
       f'afterwards {"answers" if recovered else "DOES NOT ANSWER"}',
     ]
   )
