@@ -14,7 +14,7 @@ from llava_mini_jax.cli import launch
 from llava_mini_jax.infer.engine import Engine
 from llava_mini_jax.serve.app import make_app
 from llava_mini_jax.serve.limits import Limits
-from llava_mini_jax.serve.run import announce, host_names, listen, read_key, serve, usual_length, warm_up
+from llava_mini_jax.serve.run import announce, host_names, listen, read_key, serve, warm_up
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Directory of the run.')
 _NAME = flags.DEFINE_string('name', None, 'What clients call the model; default the name of the directory.')
@@ -43,7 +43,7 @@ def main(_) -> None:
     step=_STEP.value,
     changes=_SET.value,
     slots=_SLOTS.value,
-    max_length=_MAX_LENGTH.value or usual_length(_CHECKPOINT.value, _STEP.value),
+    max_length=_MAX_LENGTH.value,
   )
   if _WARM_UP.value:
     warm_up(engine)

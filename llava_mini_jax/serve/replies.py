@@ -48,7 +48,7 @@ class Reply:
         if len(text) > told or (finish and self._chat.logprobs and count > tokens):
           yield self._chunk(dict(content=text[told:]), self._logprobs(stream, tokens, count))
           told, tokens = len(text), count
-        if finish:
+        if finish not in ('', 'failed'):
           break
         await answering.change()
     except Refused as refused:

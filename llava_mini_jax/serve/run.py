@@ -21,7 +21,6 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava_mini_jax.config import ConfigError
-from llava_mini_jax.convert.run_weights import newest_step, read_experiment
 from llava_mini_jax.data.conversation import IMAGE_TAG
 from llava_mini_jax.infer.engine import Engine, Request
 from llava_mini_jax.infer.prompts import Prompt
@@ -29,7 +28,6 @@ from llava_mini_jax.infer.sampling import Sampling
 from llava_mini_jax.serve.limits import Limits
 
 KEY_VARIABLE = 'LLAVA_MINI_KEY'
-USUAL_LENGTH = 2048
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 
 
@@ -49,13 +47,6 @@ def read_key(path: str | None) -> str:
 def host_names(host: str) -> tuple[str, ...]:
   """What requests may call the server: on loopback its names alone, elsewhere anything."""
   return LOOPBACK if host in LOOPBACK else ()
-
-
-def usual_length(checkpoint: str, step: int | None) -> int:
-  """Tokens of a slot where none are said: USUAL_LENGTH, or what the decoder has positions for."""
-  workdir = Path(checkpoint)
-  experiment = read_experiment(workdir, newest_step(workdir) if step is None else step)
-  return min(USUAL_LENGTH, experiment.model.decoder.max_position_embeddings)
 
 
 def warm_up(engine: Engine) -> None:

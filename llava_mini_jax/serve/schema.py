@@ -156,9 +156,11 @@ def parse(kind: type[_Request], body: bytes) -> _Request:
     request = kind.model_validate(parse_json(body))
   except pydantic.ValidationError as error:
     first = error.errors(include_url=False, include_context=False)[0]
-    where = '.'.join(map(str, first['loc'])) or 'body'
-    message = f'{where}: {first["msg"][:1].lower()}{first["msg"][1:]}; found {_short(first["input"])}'
-    raise Refused(422, message, param=where[:80]) from None
+    # both may quote what the client sent, whatever its length
+    where = ascii('.'.join(map(str, first['loc'])) or 'body')[1:-1][:120]
+    message = ascii(first['msg'])[1:-1].replace("\\'", "'")[:160]
+    message = f'{where}: {message[:1].lower()}{message[1:]}; found {_short(first["input"])}'
+    raise Refused(422, message, param=where) from None
   except RecursionError:
     raise Refused(400, 'body: expected JSON; found one that is nested too deep') from None
   if isinstance(request, ChatRequest):

@@ -20,6 +20,7 @@ from llava_mini_jax.serve.refusal import Refused
 LOG = logging.getLogger(__name__)
 
 FAILED = 'the engine failed; the server must be started again'
+FAILED_ALONE = 'the server failed; its log says why'
 
 
 class Answering:
@@ -31,7 +32,7 @@ class Answering:
 
   def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop):
     self.stream, self.loop, self.first = stream, loop, 0.0
-    self.failed = False
+    self.failed = ''  # why
     self.changed = asyncio.Event()
 
   async def change(self) -> None:
@@ -39,11 +40,11 @@ class Answering:
     await self.changed.wait()
     self.changed.clear()
     if self.failed:
-      raise Refused(500, FAILED)
+      raise Refused(500, self.failed)
 
   async def finished(self) -> None:
     """Waits for all of it. Raises as `change`."""
-    while not self.stream.finish:
+    while self.stream.finish in ('', 'failed'):  # a failure is told after it has happened
       await self.change()
 
 
@@ -111,7 +112,6 @@ class Worker:
     """Nobody waits for it any more: its slot is free from the next step on."""
     answering.stream.cancel()
     with self._wake:
-      self._open.discard(answering)
       self._wake.notify()
 
   def _run(self) -> None:
@@ -125,18 +125,22 @@ class Worker:
       except Exception:
         LOG.exception('the engine failed')
         with self._wake:
-          self.failed = True
-        self._tell(failed=True)
-        return
+          alone = any(answering.stream.finish == 'failed' for answering in self._open)
+          self.failed = not alone  # a prompt that cannot be put into a slot does not hinder others
       self._tell()
+      if self.failed:
+        return
 
-  def _tell(self, failed: bool = False) -> None:
+  def _tell(self) -> None:
     with self._wake:
       told = list(self._open)
       self._open -= {answering for answering in told if answering.stream.finish}
     now = time.monotonic()
     for answering in told:
-      answering.failed = failed and not answering.stream.finish
+      if answering.stream.finish == 'failed':
+        answering.failed = FAILED_ALONE
+      elif self.failed and not answering.stream.finish:
+        answering.failed = FAILED
       if answering.stream.ids and not answering.first:
         answering.first = now
       with contextlib.suppress(RuntimeError):  # its event loop has ended: nobody waits

@@ -126,6 +126,26 @@ def test_a_request_that_fails_alone(server, engine, monkeypatch, caplog):
   assert server.ask(content=shows(data_uri(picture('green', (3, 5))))).is_success
 
 
+@pytest.mark.parametrize('stream', [False, True], ids=['whole', 'streamed'])
+def test_a_prompt_that_cannot_be_put_into_a_slot(server, engine, monkeypatch, caplog, stream):
+  """It ends alone: an answer that is on its way is finished, and the next request is served."""
+  before = engine.core.programs.prefill
+
+  def fails(*arguments):
+    raise RuntimeError('secret of the devices')
+
+  with slow_steps(engine), server.http.stream('POST', PATH, json=chat(max_tokens=20, stream=True)) as other:
+    wait(lambda: engine.core.active == 1)
+    monkeypatch.setattr(engine.core.programs, 'prefill', fails)
+    failed = server.ask(stream=stream)
+    monkeypatch.setattr(engine.core.programs, 'prefill', before)
+    assert other.read().endswith(b'data: [DONE]\n\n')
+  error = json.loads(failed.text.strip().split('\n\n')[-1].removeprefix('data: '))['error']
+  assert (failed.status_code, error['message']) == (200 if stream else 500, 'the server failed; its log says why')
+  assert 'secret of the devices' in caplog.text and 'secret' not in failed.text
+  assert server.ask().is_success and server.http.get('/health').is_success
+
+
 def test_where_a_key_comes_from(tmp_path, monkeypatch):
   monkeypatch.delenv(KEY_VARIABLE, raising=False)
   assert read_key(None) == ''
