@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_mini_jax.config import ConfigError
 from llava_mini_jax.models.attention import AttentionMask
 from llava_mini_jax.models.layers import LlamaAttention, rope_tables
 from llava_mini_jax.models.llava_mini import LlavaMini
@@ -81,10 +82,11 @@ def attention_weights(attention: LlamaAttention, x: jax.Array, rope: Any, allowe
 
 
 def attention_sums(model: LlavaMini, batch: Batch) -> AttentionSums:
-  """Of every layer of the decoder, over all tokens of a batch that are not padding. Jit it."""
-  config, decoder = model.config.decoder, model.decoder
-  allowed = AttentionMask(batch.segment_ids, batch.segment_ids, batch.branch_ids).allowed()
-  rope = rope_tables(batch.positions, config)
+  """Of every layer of the decoder, over all tokens of a batch that are not padding. Jit it.
+
+  Raises ConfigError: a model that compresses inside the decoder, whose layers have other rows.
+  """
+  x, batch, rope, allowed = _rows(model, batch)
   of_kind = kinds(batch).astype(jnp.float32)
   text = of_kind[..., 0] + of_kind[..., 2]
 
@@ -94,8 +96,17 @@ def attention_sums(model: LlavaMini, batch: Batch) -> AttentionSums:
     x, _ = layer(x, rope, allowed[:, None])
     return x, sums
 
-  _, sums = jax.lax.scan(body, model.embed(batch), decoder.layers)
+  _, sums = jax.lax.scan(body, x, model.decoder.layers)
   return AttentionSums(**(sums | dict(map_count=sums['map_count'][0])))
+
+
+def _rows(model: LlavaMini, batch: Batch) -> tuple[jax.Array, Batch, Any, jax.Array]:
+  """What the decoder is given: embeddings [B L D], the batch as it is laid out then, rotary tables, bool[B L S]."""
+  if model.config.compressor.within:
+    raise ConfigError(f'attention: expected compressor.within=0; found {model.config.compressor.within}')
+  x, batch = model.rows(batch)
+  mask = AttentionMask(batch.segment_ids, batch.segment_ids, batch.branch_ids, model.roles(batch))
+  return x, batch, rope_tables(batch.positions, model.config.decoder), mask.allowed()
 
 
 def _sums(weights: jax.Array, of_kind: jax.Array) -> dict[str, jax.Array]:
@@ -137,18 +148,19 @@ def right_without_vision(model: LlavaMini, batch: Batch, dropped: jax.Array) -> 
     dropped: bool[layer]; in these layers no token attends to a vision token but itself.
   Returns:
     int32 answers that are right, and answers in all: one for each segment with something to learn.
+  Raises:
+    ConfigError: as `attention_sums`.
   """
-  config, decoder = model.config.decoder, model.decoder
-  allowed = AttentionMask(batch.segment_ids, batch.segment_ids, batch.branch_ids).allowed()
+  decoder = model.decoder
+  x, batch, rope, allowed = _rows(model, batch)
   blind = allowed & (~kinds(batch)[:, None, :, 1] | jnp.eye(allowed.shape[1], dtype=bool))
-  rope = rope_tables(batch.positions, config)
 
   def body(x, layer_and_flag):
     layer, flag = layer_and_flag
     x, _ = layer(x, rope, jnp.where(flag, blind, allowed)[:, None])
     return x, None
 
-  x, _ = jax.lax.scan(body, model.embed(batch), (decoder.layers, dropped))
+  x, _ = jax.lax.scan(body, x, (decoder.layers, dropped))
   wrong = (decoder.logits(decoder.norm(x)).argmax(-1) != batch.targets) & batch.loss_mask
   most = batch.tokens.shape[1] + 1
   by_segment = lambda flags: jax.vmap(lambda s, f: jnp.zeros(most, bool).at[s].max(f))(batch.segment_ids, flags)  # noqa: E731

@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -48,32 +48,35 @@ def attention_report(
   check_batch(batch_size, run.mesh)
   layers = run.experiment.model.decoder.num_hidden_layers
   ranges = windows(layers, window or max(1, layers // 4))
-  batches = list(_batches(run, dataset, split, samples, batch_size))
+  batches = _batches(run, dataset, split, samples, batch_size)
+  first = next(batches)
   out.mkdir(parents=True, exist_ok=True)
-  sums, right = _seen(run, batches, ranges)
-  grid = write_attention(sums, out)
+  batches = itertools.chain([first], batches)
+  sums, right = _seen(run, tqdm.tqdm(batches, 'attention', samples // batch_size, unit='batch'), ranges)
+  drawn = ['flow', 'entropy', 'map', 'dropped', 'compressor']
+  if not write_attention(sums, out):
+    drawn.remove('map')
   write_dropped(ranges, right, out)
-  notes = [_about(run, dataset, split, samples), *_NOTES[:4]]
-  if hasattr(merge(run.graphdef, run.params), 'compressor') and run.experiment.model.compressor.kind == 'query':
-    write_compressor(*_compressed(run, batches[0]), out)
-    notes.append(_NOTES[4])
-  if not grid:
-    notes = [note for note in notes if note != _NOTES[2]]
-  (out / 'README.md').write_text('\n\n'.join(notes) + '\n')
+  model = run.experiment.model
+  if model.compressor_class and model.compressor_class.gives_attention and model.new_tokens(1):
+    write_compressor(*_compressed(run, first), out)
+  else:
+    drawn.remove('compressor')
+  texts = (f'![]({name}.png)\n\n**{name}** {_SHOWS[name]}' for name in drawn)
+  (out / 'README.md').write_text('\n\n'.join([_about(run, dataset, split, samples), *texts]) + '\n')
 
 
-_NOTES = (
-  '![](flow.png)\n\n**flow** (Figure 2): attention from one kind of tokens (panel) to another (line), layer by layer; '
-  'heads averaged, summed over the tokens attended to, mean over those tokens that attend to that kind at all '
-  '(Appendix A). What a token gives to all kinds together is 1.',
-  '![](entropy.png)\n\n**entropy** (Figure 3): of attention within a kind, renormalised, in nats, mean over tokens '
-  'that attend to it; heads averaged first. Even attention to n tokens has log n.',
-  '![](map.png)\n\n**map** (Figure 4): attention of text to each vision token at its place in the image, mean over '
-  'text that follows it; first, middle and last layer, one logarithmic scale.',
-  '![](dropped.png)\n\n**dropped** (Figure 5): answers that stay right when some consecutive layers do not see vision '
-  'tokens (which still see themselves). An answer is right if every token of it is the most likely one after the true '
-  'ones before it.',
-  '![](compressor.png)\n\n**compressor** (Figure 12): where the learnable queries look, mean over heads and queries.',
+_SHOWS = dict(
+  flow='(Figure 2): attention from one kind of tokens (panel) to another (line), layer by layer; heads averaged, '
+  'summed over the tokens attended to, mean over those tokens that attend to that kind at all (Appendix A). What a '
+  'token gives to all kinds together is 1.',
+  entropy='(Figure 3): of attention within a kind, renormalised, in nats, mean over tokens that attend to it; heads '
+  'averaged first. Even attention to n tokens has log n.',
+  map='(Figure 4): attention of text to each vision token at its place in the image, mean over text that follows it; '
+  'first, middle and last layer, one logarithmic scale.',
+  dropped='(Figure 5): answers that stay right when some consecutive layers do not see vision tokens (which still see '
+  'themselves). An answer is right if every token of it is the most likely one after the true ones before it.',
+  compressor='(Figure 12): where the learnable queries look, mean over heads and queries.',
 )
 
 
@@ -107,7 +110,7 @@ def _batches(run: Loaded, dataset: Path, split: str, samples: int, batch_size: i
 
 
 def _seen(
-  run: Loaded, batches: Sequence[Batch], ranges: Sequence[tuple[int, int]]
+  run: Loaded, batches: Iterable[Batch], ranges: Sequence[tuple[int, int]]
 ) -> tuple[AttentionSums, list[tuple[int, int]]]:
   """Sums over the batches, and right answers and answers for each range of layers."""
   layers = run.experiment.model.decoder.num_hidden_layers
@@ -115,7 +118,7 @@ def _seen(
   answer = jax.jit(lambda params, batch, dropped: right_without_vision(merge(run.graphdef, params), batch, dropped))
   sums, right = None, np.zeros((len(ranges), 2), int)
   with use_mesh(run.mesh):
-    for batch in tqdm.tqdm(batches, desc='attention', unit='batch'):
+    for batch in batches:
       batch = jax.device_put(batch, batch_sharding(run.mesh))
       sums = added(sums, look(run.params, batch))
       for i, (first, end) in enumerate(ranges):

@@ -23,8 +23,9 @@ from llava_mini_jax.analyze.flops import (
   recomputed_flops,
   training_flops,
 )
-from llava_mini_jax.analyze.memory import GIB, LOGITS, MIB, image_memory, session_bytes, weight_bytes
+from llava_mini_jax.analyze.memory import LOGITS, MIB, image_memory, session_bytes, weight_bytes
 from llava_mini_jax.analyze.stations import trained_stations
+from llava_mini_jax.analyze.topologies import GIB
 from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig
 from llava_mini_jax.experiment import Experiment
 

@@ -14,7 +14,7 @@ from llava_mini_jax.analyze.flops import fused_visual_length
 from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, require_choice
 from llava_mini_jax.train.tree import parameter_shapes
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 LOGITS = ('all', 'last')
 STATIONS = ('vision', 'projector', 'compressor', 'prefusion', 'decoder')
 

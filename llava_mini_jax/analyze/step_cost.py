@@ -172,10 +172,6 @@ class _Walk:
         self.transfers.append(transfer)
         network = max(network, clock) + transfer.seconds
         started[_rendezvous(instruction)] = transfer, network
-      elif instruction.opcode == 'recv-done' and (meeting := self._meeting(computation, instruction)) in started:
-        transfer, until = started.pop(meeting)
-        transfer.waited = max(0.0, until - clock)
-        clock += transfer.waited
       elif transfer := self._transfer(computation, instruction, times):
         self.transfers.append(transfer)
         behind = max(0.0, free - clock)
@@ -186,8 +182,8 @@ class _Walk:
         else:
           transfer.waited = behind + transfer.seconds
           clock = free
-      elif opcode.endswith('-done') and instruction.operands and instruction.operands[0] in started:
-        transfer, until = started.pop(instruction.operands[0])
+      elif (awaited := self._awaited(computation, instruction)) in started:
+        transfer, until = started.pop(awaited)
         transfer.waited = max(0.0, until - clock)
         clock += transfer.waited
       else:
@@ -225,9 +221,12 @@ class _Walk:
     seconds = size * steps / self.chip.network_bandwidth
     return _Transfer(f'{kind} between slices', 'started', times, size, seconds, slices, waited=seconds)
 
-  def _meeting(self, computation: str, done: Instruction) -> str:
-    recv = self.module.find(computation, done.operands[0]) if done.operands else None
-    return _rendezvous(recv) if recv else ''
+  def _awaited(self, computation: str, done: Instruction) -> str:
+    """Under which name in `started` the transfer is that ends here; '' = none does."""
+    if not done.opcode.endswith('-done') or not done.operands:
+      return ''
+    start = self.module.find(computation, done.operands[0])
+    return _rendezvous(start) if done.opcode == 'recv-done' and start else done.operands[0]
 
   def _compute(self, computation: str, instruction: Instruction, times: int) -> float:
     if instruction.opcode in _FREE or instruction.opcode.endswith('-done'):

@@ -21,7 +21,7 @@ from llava_mini_jax.convert.run_parameters import open_parameters
 from llava_mini_jax.convert.run_weights import newest_step, read_experiment
 from llava_mini_jax.data.tokenizer import load_tokenizer
 from llava_mini_jax.experiment import Experiment
-from llava_mini_jax.train.lora import Lora, kept
+from llava_mini_jax.train.lora import in_few_bits
 from llava_mini_jax.train.tree import sharded_model, unflatten
 
 # What a run can be asked with that it was not trained with: fields that neither add nor reshape a parameter.
@@ -97,7 +97,7 @@ def load_run(
 def _slim(path: str, parameter: jax.Array, dtype: jnp.dtype, quantize: str) -> Any:
   """As it is kept: in few bits, in the dtype that it is computed with, or as it is."""
   if quantize and re.fullmatch(_QUANTIZABLE, path):
-    return kept(path, parameter, Lora(rank=1, alpha=1.0, targets=(_QUANTIZABLE,), base=quantize))
+    return in_few_bits(path, parameter, quantize)
   return parameter if path.rpartition('/')[2] in _IN_FLOAT32 else parameter.astype(dtype)
 
 

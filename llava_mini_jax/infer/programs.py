@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.infer.sampling import Controls, choose, log_probabilities
+from llava_mini_jax.infer.sampling import DEFAULT, Controls, choose, log_probabilities
 from llava_mini_jax.models.llava_mini import LlavaMini
 from llava_mini_jax.sharding import batch_sharding, replicated, spec, use_mesh
 from llava_mini_jax.train.tree import merge
@@ -189,15 +189,13 @@ class Programs:
 
 def _empty(model: LlavaMini, slots: int, length: int) -> Slots:
   """None of the slots, of so many tokens each, is in use."""
-  kinds = dict(top_k=jnp.int32, seed=jnp.uint32)
-  names = [field.name for field in dataclasses.fields(Controls)]
   logits = jnp.zeros((slots, model.config.decoder.vocab_size), jnp.float32)
   return Slots(
     cache=model.decoder.empty_cache(slots, length, model.dtype),
     logits=logits,
     used=jnp.zeros(logits.shape, bool),
     said=jnp.zeros(slots, jnp.int32),
-    controls=Controls(**{name: jnp.zeros(slots, kinds.get(name, jnp.float32)) for name in names}),
+    controls=jax.tree.map(jnp.asarray, Controls.of([DEFAULT] * slots)),
   )
 
 

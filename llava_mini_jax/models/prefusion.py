@@ -7,6 +7,9 @@ nothing of it depends on the text: `see` and `read` are `__call__` cut between t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -43,25 +46,24 @@ class Prefusion(nnx.Module):
 
     What comes out at masked slots means nothing. branch_ids: int[B L], see `types.Batch`.
     """
-    positions, mask = positions_and_mask(valid, branch_ids)
-    rope = rope_tables(positions, self.decoder_config)
-    mask = mask.resolve(self.attention, self.decoder_config.head_dim)
-
-    def body(x, layer):
-      x, _ = layer(x, rope, mask)
-      return x, x if return_hidden else None
-
-    x, hidden = scan_layers(body, x, self.layers, self.scan)
+    x, hidden = self._run(x, *positions_and_mask(valid, branch_ids), lambda x, _: x if return_hidden else None)
     return (x, hidden) if return_hidden else x
 
   def see(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Vision tokens [B S D], all valid -> [B S D], and the keys and values [layer B S K H] that text attends to."""
-    segments = jnp.ones(x.shape[:2], jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    rope = rope_tables(positions, self.decoder_config)
-    mask = AttentionMask(segments, segments).resolve(self.attention, self.decoder_config.head_dim)
-    x, (keys, values) = scan_layers(lambda x, layer: layer(x, rope, mask), x, self.layers, self.scan)
+    x, (keys, values) = self._run(x, *positions_and_mask(jnp.ones(x.shape[:2], bool)), lambda _, kv: kv)
     return x, keys, values
+
+  def _run(self, x: jax.Array, positions: jax.Array, mask: AttentionMask, keep: Callable) -> tuple[jax.Array, Any]:
+    """[B L D], and `keep` of each layer's output and its keys and values."""
+    rope = rope_tables(positions, self.decoder_config)
+    mask = mask.resolve(self.attention, self.decoder_config.head_dim)
+
+    def body(x, layer):
+      x, kv = layer(x, rope, mask)
+      return x, keep(x, kv)
+
+    return scan_layers(body, x, self.layers, self.scan)
 
   def read(self, text: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Text [B T D] after the vision tokens that `see` was given: [B T D]. Padding comes last, and means nothing."""

@@ -127,11 +127,14 @@ def abstract_base(leaves: Mapping[str, jax.ShapeDtypeStruct], lora: Lora) -> dic
 
 def kept(path: str, kernel: jax.Array, lora: Lora) -> Any:
   """A kernel as it is kept, on the devices where it is."""
-  if not _is_quantized(path, lora):
-    return kernel
+  return in_few_bits(path, kernel, lora.base) if _is_quantized(path, lora) else kernel
+
+
+def in_few_bits(path: str, kernel: jax.Array, kind: str) -> Any:
+  """The kernel of this path, on the devices where it is; kind: one of `config.QUANTIZED`."""
   leaf = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=kernel.sharding)
-  where = jax.tree.map(lambda part: part.sharding, quantized.abstract(leaf, lora.base, **_axes(path)))
-  return jax.jit(lambda x: quantized.quantize(x, lora.base, **_axes(path)), out_shardings=where)(kernel)
+  where = jax.tree.map(lambda part: part.sharding, quantized.abstract(leaf, kind, **_axes(path)))
+  return jax.jit(lambda x: quantized.quantize(x, kind, **_axes(path)), out_shardings=where)(kernel)
 
 
 def as_kept(path: str, kernel: jax.Array, lora: Lora) -> jax.Array:
