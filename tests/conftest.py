@@ -1,7 +1,6 @@
-"""Eight emulated CPU devices, set before jax is imported; where the golden tensors lie."""
+"""Eight emulated CPU devices, set before jax is imported."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
@@ -9,13 +8,6 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-GOLDEN = Path(os.environ.get('LLAVA_MINI_GOLDEN', Path(__file__).parent / 'golden'))
-
-
-@pytest.fixture(scope='session')
-def golden() -> Path:
-  return GOLDEN
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from llava_mini_jax.convert.released import from_released, to_released
 from llava_mini_jax.data.rows import RowShape, build_row
 from llava_mini_jax.train.tree import abstract_model, parameter_shapes, unflatten
 from llava_mini_jax.types import IMAGE_TOKEN_ID, Batch
+
+GOLDEN = Path(os.environ.get('LLAVA_MINI_GOLDEN', Path(__file__).parent / 'golden'))  # where the recorded tensors lie
 
 # Recorded misbehaviour of the released code, not reproduced: where the attention mask is not a plain prefix of a row,
 # it picks that row's text by offsets of another layout.

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from flax import nnx
 from golden_cases import (
+  GOLDEN,
   Case,
   Part,
   case_id,

@@ -23,7 +23,6 @@ from llava_mini_jax.analyze.flops import (
   recomputed_flops,
 )
 from llava_mini_jax.analyze.memory import (
-  GIB,
   MIB,
   cache_bytes_per_token,
   image_memory,
@@ -32,6 +31,7 @@ from llava_mini_jax.analyze.memory import (
   video_bytes,
   weight_bytes,
 )
+from llava_mini_jax.analyze.topologies import GIB
 from llava_mini_jax.config import CompressorConfig, ConfigError, LlavaMiniConfig, PrefusionConfig, ScanConfig
 from llava_mini_jax.models.prefusion import Prefusion
 from llava_mini_jax.train.tree import abstract_model

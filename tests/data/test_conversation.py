@@ -19,7 +19,7 @@ from built_tokenizers import (
   system_turn,
   user,
 )
-from conftest import GOLDEN
+from golden_cases import GOLDEN
 
 from llava_mini_jax.data.conversation import (
   TEMPLATES,

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from golden_cases import GOLDEN
 from PIL import Image
 from transformers import CLIPImageProcessorPil  # the one of transformers' CLIP processors that runs without torch
 

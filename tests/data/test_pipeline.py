@@ -89,7 +89,8 @@ def questions(batch) -> list[str]:
 
 def test_the_fields_of_a_batch():
   (batch,) = take(iterate(), 1)
-  assert batch.keys() == {field.name for field in dataclasses.fields(Batch)} - {'branch_ids', 'features', 'bad_samples'}
+  others = {'branch_ids', 'features', 'kept', 'bad_samples'}
+  assert batch.keys() == {field.name for field in dataclasses.fields(Batch)} - others
   b, m, length = 4, 2, 96
   shapes = {
     **dict.fromkeys(('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions'), (b, length)),

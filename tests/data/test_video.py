@@ -10,7 +10,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from golden_cases import GOLDEN
 from PIL import Image
 from video_clips import KINDS, clip, number, numbered, numbers, refused
 

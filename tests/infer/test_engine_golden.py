@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from asking import one_device
-from conftest import GOLDEN
-from golden_cases import Part, case_id, load_case, load_model
+from golden_cases import GOLDEN, Part, case_id, load_case, load_model
 from tiny_run import experiment
 
 from llava_mini_jax.data.rows import RowShape, build_row

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_cases import GOLDEN
 from torch_parity import close
 
 from llava_mini_jax.config import LlavaMiniConfig, RopeScaling
