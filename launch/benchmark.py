@@ -3,6 +3,9 @@
 python launch/benchmark.py train --sizes=tiny,medium
 python launch/benchmark.py scaling --sizes=tiny --devices=8
 python launch/benchmark.py input --config=configs/tiny_easy_vqa.py
+python launch/benchmark.py infer --sizes=tiny,medium --requests=1,4,16,64
+python launch/benchmark.py sessions --sizes=tiny,medium --frames=100,1000,10800
+python launch/benchmark.py few_bits --sizes=tiny,medium
 python launch/benchmark.py video_memory --preset=tiny --frames=100,1000,10800 --chunk=16 --run
 python launch/benchmark.py video_memory --preset=vicuna_7b --frames=100,1000,10800 --chunk=16
 python launch/benchmark.py packing
@@ -12,7 +15,9 @@ python launch/benchmark.py export_memory --layers=2 --out=benchmark
 """
 
 import dataclasses
+import itertools
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -20,18 +25,28 @@ from absl import flags
 from ml_collections import config_flags
 
 from llava_mini_jax.analyze import convert_memory, packing_gain, video_memory
-from llava_mini_jax.benchmark import input_pipeline, scaling, train_step
+from llava_mini_jax.benchmark import asking, few_bits, input_pipeline, scaling, sessions, train_step
 from llava_mini_jax.cli import integers, launch
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig, require_choice
 from llava_mini_jax.experiment import Experiment
 
-_SIZES = flags.DEFINE_list('sizes', ['tiny'], 'Of train and scaling: sizes of `benchmark.train_step.SIZES`.')
-_ROUNDS = flags.DEFINE_integer('rounds', 20, 'Of train: times that each is measured, in turns.', lower_bound=1)
+_SIZES = flags.DEFINE_list(
+  'sizes', ['tiny'], 'Sizes of `benchmark.train_step.SIZES`; of infer and sessions also presets.'
+)
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 20, 'Of train, infer and sessions: times that each is measured.', lower_bound=1
+)
+_KINDS = flags.DEFINE_list('kinds', list(asking.KINDS), 'Of infer: kinds of input.')
+_REQUESTS = flags.DEFINE_list('requests', ['1', '4', '16', '64'], 'Of infer: how many requests come at once.')
+_DTYPE = flags.DEFINE_string('dtype', '', 'Of infer and sessions: dtype of the model; empty = as it is.')
+_TORCH = flags.DEFINE_bool('torch', True, 'Of infer: beside torch, which [convert] brings.')
 _DEVICES = flags.DEFINE_integer('devices', 0, 'CPU devices to emulate; 0 = what there is.', lower_bound=0)
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Of input: the experiment.')
 _PRESET = flags.DEFINE_string('preset', 'tiny', 'Of video_memory: the model.')
-_FRAMES = flags.DEFINE_list('frames', ['100', '1000', '10800'], 'Of video_memory: numbers of frames.')
-_CHUNK = flags.DEFINE_integer('chunk', 16, 'Of video_memory: frames in memory at a time; 0 = all.', lower_bound=0)
+_FRAMES = flags.DEFINE_list('frames', ['100', '1000', '10800'], 'Of video_memory and sessions: numbers of frames.')
+_CHUNK = flags.DEFINE_integer(
+  'chunk', 16, 'Of video_memory and sessions: frames in memory at a time; 0 = all.', lower_bound=0
+)
 _RUN = flags.DEFINE_bool('run', False, 'Of video_memory: encode such videos, instead of compiling alone.')
 _LAYERS = flags.DEFINE_integer(
   'layers', 10, 'Of import_memory, export_memory: decoder layers, of width 4096.', lower_bound=1
@@ -56,6 +71,24 @@ def _video_memory() -> str:
   return video_memory.describe(rows)
 
 
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+def _infer() -> str:
+  counts = integers('requests', _REQUESTS.value, positive=True)
+  options = dict(dtype=_DTYPE.value, rounds=_ROUNDS.value, torch=_TORCH.value, tell=_say)
+  found = (asking.measure_all(size, _KINDS.value, counts, **options) for size in _SIZES.value)
+  return asking.describe(list(itertools.chain.from_iterable(found)))
+
+
+def _sessions() -> str:
+  options, frames = dict(dtype=_DTYPE.value), integers('frames', _FRAMES.value, positive=True)
+  gains = [g for size in _SIZES.value for g in sessions.gains(size, rounds=_ROUNDS.value, **options)]
+  held = list(sessions.video_sessions(_SIZES.value[0], frames, chunk=_CHUNK.value, **options))
+  return f'{sessions.describe_gains(gains)}\n\n{sessions.describe_video(held)}'
+
+
 def _input() -> str:
   if _CONFIG.value is None:
     raise ConfigError('input: expected --config; found none')
@@ -74,6 +107,9 @@ MEASURES = {
   'train': lambda: train_step.describe([train_step.compare(name, rounds=_ROUNDS.value) for name in _SIZES.value]),
   'scaling': lambda: '\n'.join(scaling.describe(scaling.scaling(name)) for name in _SIZES.value),
   'input': _input,
+  'infer': _infer,
+  'sessions': _sessions,
+  'few_bits': lambda: few_bits.describe([kept for size in _SIZES.value for kept in few_bits.few_bits(size)]),
   'video_memory': _video_memory,
   'serve': _serve,
   'packing': lambda: packing_gain.describe(packing_gain.gains()),

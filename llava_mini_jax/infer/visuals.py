@@ -93,6 +93,11 @@ class Visuals:
     """[M C D]."""
     return np.stack(self._compressed)
 
+  @property
+  def host_bytes(self) -> int:
+    """Of features or pixels that are kept in host memory."""
+    return sum(x.nbytes for x in self._kept)
+
   def chunks(self, start: int = 0) -> Iterator[Chunk]:
     """What text finds of them, from visual `start` on, where a chunk began or the visuals ended once."""
     if self.keep == 'seen':
