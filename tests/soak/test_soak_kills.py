@@ -67,6 +67,8 @@ def kill_again_and_again(run: Run, kills: int, in_saves: int, rng: random.Random
       life.until(lambda: run.checkpoints('*orbax-checkpoint-tmp*'))
     else:
       wanted = before + rng.randint(1, 2 * SAVE_EVERY)
+      if len(life.processes) > 1:  # who waits for a process that never arrives waits for as long as hosts take to start
+        life.until(lambda one=life: '; steps ' in one.printed)
       life.until(lambda at=wanted: run.logged >= at)
       time.sleep(rng.random() * 0.2)
     life.processes[number % len(life.processes)].send_signal(signal.SIGKILL)
