@@ -11,10 +11,12 @@
 | prumerge | 32 | that of none | on LLaVA-v1.5: LoRA 128, alpha 256, 2e-4; projector 2e-5; 1 epoch |
 | prumerge_plus | 145 | that of none | the same |
 
-Rates and batches of a row that names none are those of LLaVA-v1.5. All without pre-fusion, with text embeddings that
-train; with `prefusion_layers`, those start anew in stage 2. Sources: the systems' own training scripts. LLaMA-VID's
-batch of stage 2 and its epochs are taken from LLaVA-v1.5, VoCo's single token is the paper's (its code has two), and
-PruMerge's 32 tokens stand for what its outliers come to in the mean.
+Rates and batches of a row that names none are those of LLaVA-v1.5. `query` and `average` are LLaVA-Mini's, with its
+pre-fusion; the others have none, and text embeddings that train. `prefusion_layers` gives any kind another number, in
+stage 2, where they start anew. Sources: the systems' own training scripts. LLaMA-VID's batch of stage 2 and its epochs
+are taken from LLaVA-v1.5, VoCo's single token is the paper's (its code has two), and PruMerge's 32 tokens stand for
+what its outliers come to in the mean. Both stages of `none` hold the whole tower, for PruMerge goes on from them with
+one layer more than the others read.
 """
 
 from __future__ import annotations
@@ -40,30 +42,33 @@ _BY_ALL_PATCHES = ('prumerge', 'prumerge_plus', 'voco')  # stage 1 is that of LL
 
 
 def compared_stage(
-  model: LlavaMiniConfig, kind: str, stage: str, *, template: str, name: str, prefusion_layers: int = 0
+  model: LlavaMiniConfig, kind: str, stage: str, *, template: str, name: str, prefusion_layers: int | None = None
 ) -> Experiment:
   """Stage 1 or 2 of a system with its own compressor, on any tower and decoder.
 
   Args:
-    model: its `compressor` and the number of its pre-fusion layers are replaced, except for `query` and `average`,
-      which keep the model's pre-fusion.
+    model: its `compressor` and the number of its pre-fusion layers are replaced.
     stage: stage1 or stage2.
-    name: begins the names of the runs, `runs/{name}_{kind}_stage1`; all begin with `runs/{name}_start`.
+    name: begins the names of the runs, `runs/{name}_{kind}_stage1`, of query and average `runs/{name}_stage1`; all
+      begin with `runs/{name}_start`.
+    prefusion_layers: of stage 2; None = of query and average those of the model, of the others 0.
   Raises:
     ConfigError: another kind or stage, or a model that cannot have the compressor.
   """
   require_choice('kind', kind, COMPRESSORS)
   require_choice('stage', stage, ('stage1', 'stage2'))
   compressor = DEFAULTS[kind]
-  if kind in ('query', 'average'):
-    changed = dataclasses.replace(model, compressor=compressor)
+  first, own = stage == 'stage1', kind in ('query', 'average')
+  layers = prefusion_layers if prefusion_layers is not None else model.prefusion.num_layers if own else 0
+  prefusion = dataclasses.replace(model.prefusion, num_layers=0 if first else layers)
+  if own:
+    changed = dataclasses.replace(model, compressor=compressor, prefusion=prefusion)
     return paper_stage(changed, stage, template=template, name=name)
-  first = stage == 'stage1'
   if first:  # of mqt with all its queries
     compressor = DEFAULTS['none'] if kind in _BY_ALL_PATCHES else dataclasses.replace(compressor, elastic=False)
-  prefusion = dataclasses.replace(model.prefusion, num_layers=0 if first else prefusion_layers)
+  vision = dataclasses.replace(model.vision, keep_unused_layers=True) if compressor.kind == 'none' else model.vision
   base = paper_stage(model, stage, template=template, name=name)
-  changed = dataclasses.replace(model, compressor=compressor, prefusion=prefusion, detach_text=False)
+  changed = dataclasses.replace(model, vision=vision, compressor=compressor, prefusion=prefusion, detach_text=False)
   train = _stage1(kind, name) if first else _stage2(kind, name)
   return Experiment(changed, base.data, train)
 

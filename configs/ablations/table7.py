@@ -1,7 +1,8 @@
 """The paper's Table 7 at tiny size: tokens at two resolutions, four pre-fusion layers, on generated scenes.
 
 64 pixels stand for the paper's 336, and 128 in 2 × 2 crops and the whole image for 672. The tower sees the same scenes,
-drawn at 128 pixels, in both.
+drawn at 128 pixels, in both. The paper's 16, 64, 144 and 576 tokens become 4, 9, 16 and 64 at either; its 4 tokens at
+336 pixels have no counterpart, for there is nothing between 1 and 4.
 
 python launch/prepare_data.py --source=scenes --scenes=20000 --seed=0 --scene_pixels=128 --out=data/scenes_128
 python launch/sweep.py configs/ablations/table7.py --workdir=runs/table7 --dataset=data/scenes_128
@@ -11,13 +12,15 @@ from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.recipes import scenes_from_scratch
 from llava_mini_jax.sweep.grid import Point, Sweep
 
-TOKENS = {1: ((1, 1), (4, 2), (16, 3), (64, 4)), 2: ((16, 2), (64, 3), (144, 4), (576, 8))}  # crops a side: paper, ours
+GRIDS = {1: 1, 16: 2, 64: 3, 144: 4, 576: 8}  # the paper's tokens: ours, a side
+TOKENS = {1: (1, 16, 64), 2: (16, 64, 144, 576)}  # crops a side: the paper's tokens
 
 
 def get_sweep() -> Sweep:
   points = []
   for crops, tokens in TOKENS.items():
-    for paper, grid in tokens:
+    for paper in tokens:
+      grid = GRIDS[paper]
       changes = {'data.grid': crops, 'model.compressor.grid': grid, 'model.prefusion.num_layers': 4}
       points.append(
         Point(

@@ -186,6 +186,8 @@ def test_ablations(file, sixteen_scenes):
     found = cost(experiment)
     assert found.steps == 4 and 0 < found.prompt_flops < found.training_flops
     assert found.tokens + experiment.data.fused_text <= experiment.data.row_length
+    if named := re.search(r'tokens(\d+)', point.name):
+      assert int(named[1]) == found.tokens
 
 
 def test_table_6_is_the_papers_grid():

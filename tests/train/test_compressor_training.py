@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ import pytest
 from small_model import lay_out, random_sample, small_config
 
 from llava_mini_jax.compressor_recipes import DEFAULTS, compared_stage
-from llava_mini_jax.config import COMPRESSORS, ConfigError, LlavaMiniConfig
+from llava_mini_jax.config import COMPRESSORS, CompressorConfig, ConfigError, LlavaMiniConfig, PrefusionConfig
+from llava_mini_jax.convert.run_start import starting_paths
 from llava_mini_jax.sharding import make_mesh, use_mesh
 from llava_mini_jax.train.features import check_reads
 from llava_mini_jax.train.optimizer import assign_groups
@@ -74,6 +77,32 @@ def test_the_recipe_of_each_kind(kind, stage):
     assert found.train.batch_size == (256 if stage == 'stage1' else 128)
 
 
+def imported(model: LlavaMiniConfig) -> LlavaMiniConfig:
+  """A whole CLIP tower and a language model."""
+  vision = dataclasses.replace(model.vision, keep_unused_layers=True)
+  none = dict(compressor=CompressorConfig(kind='none'), prefusion=PrefusionConfig(num_layers=0))
+  return dataclasses.replace(model, vision=vision, **none)
+
+
+@pytest.mark.parametrize('kind', COMPRESSORS)
+def test_each_stage_starts_from_the_one_before(kind):
+  """What `init_from` names is there, fits, and has whatever may not start anew."""
+  model = LlavaMiniConfig.preset('vicuna_7b')
+  stages = dict(template='vicuna_v1', name='x')
+  runs = {'runs/x_start': imported(model)}
+  for other in COMPRESSORS:
+    own = '' if other in ('query', 'average') else f'_{other}'
+    for stage in ('stage1', 'stage2'):
+      runs[f'runs/x{own}_{stage}'] = compared_stage(model, other, stage, **stages).model
+  for stage in ('stage1', 'stage2'):
+    found = compared_stage(model, kind, stage, **stages)
+    start = found.train.init_from
+    origin = starting_paths(Path(start), runs[start], found.model)
+    absent = parameter_shapes(found.model).keys() - origin.keys()
+    assert all(any(re.fullmatch(p, path) for p in found.train.init_fresh) for path in absent), sorted(absent)
+    assert {path for path in parameter_shapes(found.model) if path.startswith(('vision/', 'decoder/'))} <= set(origin)
+
+
 def test_tokens_of_the_systems_that_the_paper_compares_with():
   model = LlavaMiniConfig.preset('vicuna_7b')
   tokens = {kind: dataclasses.replace(model, compressor=DEFAULTS[kind]).new_tokens(1) for kind in DEFAULTS}
@@ -87,6 +116,9 @@ def test_pre_fusion_may_be_added_to_a_recipe():
   model = LlavaMiniConfig.preset('vicuna_7b')
   found = compared_stage(model, 'tokenpacker', 'stage2', template='vicuna_v1', name='x', prefusion_layers=3)
   assert found.model.prefusion.num_layers == 3
+  for kind, layers, expected in (('query', 2, 2), ('average', 0, 0), ('query', None, model.prefusion.num_layers)):
+    found = compared_stage(model, kind, 'stage2', template='vicuna_v1', name='x', prefusion_layers=layers)
+    assert found.model.prefusion.num_layers == expected
   with pytest.raises(ConfigError, match='^stage: expected one of stage1, stage2; found'):
     compared_stage(model, 'mqt', 'stage3', template='vicuna_v1', name='x')
 
