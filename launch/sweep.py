@@ -4,7 +4,8 @@ python launch/prepare_data.py --source=scenes --scenes=20000 --seed=0 --out=data
 python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6
 python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6 --estimate
 python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6 --report
-It says first what each point will cost. Called again it keeps finished points and goes on with those that were begun.
+It says first what each point will cost. Called again it keeps finished points, goes on with those that were begun, and
+tries last what has failed; the table is of the points that were asked --limit questions.
 One job per host: the same command on each, with one file system and --num_processes=1; each takes points that nobody
 works on. One job over all hosts: as launch/train.py. --mesh and --batch_size, and any field with
 --set model.dtype=bfloat16, are for all points.
@@ -23,7 +24,9 @@ from llava_mini_jax.config import ConfigError
 from llava_mini_jax.distributed import is_writer
 from llava_mini_jax.sweep.grid import load_sweep
 from llava_mini_jax.sweep.report import write_report
-from llava_mini_jax.sweep.run import describe_cost, results, run_sweep
+from llava_mini_jax.sweep.results import results
+from llava_mini_jax.sweep.run import FAILED, describe_cost, run_sweep
+from llava_mini_jax.train.errors import TrainingError
 from llava_mini_jax.train.preemption import Preemption
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the points, the table and the plots.')
@@ -64,20 +67,24 @@ def main(words: Sequence[str]) -> None:
     raise ConfigError(f'sweep: expected one sweep file; found {" ".join(words[1:]) or "none"}')
   sweep, workdir = load_sweep(words[1], _changes(), integers('seeds', _SEEDS.value)), Path(_WORKDIR.value)
   say = (lambda text: print(text, flush=True)) if is_writer() else (lambda text: None)
+  asked, failed = dict(limit=_LIMIT.value), []
   if not _REPORT.value:
-    say(describe_cost(sweep, workdir, peak_flops(sweep.base.model.dtype), _SHARE.value))
+    say(describe_cost(sweep, workdir, peak_flops(sweep.base.model.dtype), _SHARE.value, **asked))
   if not (_REPORT.value or _ESTIMATE.value):
     with (
       Preemption() as preemption,
       contextlib.closing(
-        run_sweep(sweep, workdir, limit=_LIMIT.value, batch_size=_ASKED.value, preemption=preemption, report=say)
+        run_sweep(sweep, workdir, **asked, batch_size=_ASKED.value, preemption=preemption, report=say)
       ) as runs,
     ):
       for point, seed, outcome in runs:
-        say(f'{point.name}, seed {seed}: {outcome}')
+        say(line := f'{point.name}, seed {seed}: {outcome}')
+        failed += [line] * outcome.startswith(FAILED)
   if not _ESTIMATE.value and is_writer():
-    for path in write_report(sweep, results(sweep, workdir), workdir):
+    for path in write_report(sweep, results(sweep, workdir, **asked), workdir):
       say(f'written: {path}')
+  if failed:
+    raise TrainingError('\n  '.join([f'sweep: {len(failed)} run(s) failed:', *failed]))
 
 
 if __name__ == '__main__':

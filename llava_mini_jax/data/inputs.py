@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -11,7 +12,7 @@ import transformers
 
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig
 from llava_mini_jax.data.augment import Augment
-from llava_mini_jax.data.conversation import end_of_turn, load_template
+from llava_mini_jax.data.conversation import end_of_turn, load_template, template_fingerprint
 from llava_mini_jax.data.features import Features, MixedFeatures, open_features
 from llava_mini_jax.data.images import ImageProcessor
 from llava_mini_jax.data.media import MediaProcessor
@@ -21,7 +22,7 @@ from llava_mini_jax.data.pipeline import make_iterator
 from llava_mini_jax.data.records import Split, open_split
 from llava_mini_jax.data.rows import RowShape
 from llava_mini_jax.data.sizes import SampleSize, kept_sizes, record_sizes
-from llava_mini_jax.data.tokenizer import load_tokenizer
+from llava_mini_jax.data.tokenizer import fingerprint, load_tokenizer
 from llava_mini_jax.data.video import FrameSampler
 from llava_mini_jax.experiment import DataConfig
 
@@ -37,6 +38,16 @@ class Inputs:
   processor: MediaProcessor
   row: RowShape
   features: Features | MixedFeatures | None = None
+
+  def fingerprints(self) -> dict[str, Any]:
+    """What the config's paths lead to, wherever it lies: {dataset, tokenizer, template, features: or None}."""
+    layout = self.features and self.features.layout
+    return dict(
+      dataset=self.source.fingerprint,
+      tokenizer=fingerprint(self.tokenizer),
+      template=template_fingerprint(self.config.template),
+      features=layout and dict(tower=layout.tower, dtype=layout.dtype),
+    )
 
   def order(self, *, batch_size: int, seed: int, kept: Path | None = None) -> Order | None:
     """What each epoch visits; None = every record once, shuffled.

@@ -18,7 +18,7 @@ from llava_mini_jax.analyze.flops import prompt_flops, training_flops
 from llava_mini_jax.analyze.stations import trained_stations
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.images import ImageProcessor
-from llava_mini_jax.data.records import open_split
+from llava_mini_jax.data.inputs import load_inputs
 from llava_mini_jax.experiment import Experiment
 
 _NAME = re.compile(r'[A-Za-z0-9_]+')
@@ -113,12 +113,20 @@ class Cost:
   training_flops: float
 
 
-def cost(experiment: Experiment) -> Cost:
-  """Args: experiment: its dataset is opened and counted, nothing is read. Raises DataError."""
+def cost(experiment: Experiment, *, kept: Path | None = None) -> Cost:
+  """Counts the steps as the trainer does. With `group_by_length` every batch is taken for the largest.
+
+  Args:
+    experiment: its dataset is opened and counted; records are read only to pack or group them.
+    kept: where the trainer keeps their sizes; None = they are measured anew.
+  Raises:
+    DataError, ConfigError: as `load_inputs`.
+  """
   model, data, train = experiment.model, experiment.data, experiment.train
   views = ImageProcessor(model.vision.image_size, grid=data.grid).views
-  records = sum(len(open_split(*row[:2])) for row in data.mixture or ((data.dataset, data.split),))
-  steps = experiment.total_steps(int(records * train.epochs))
+  inputs = load_inputs(data, model, seed=train.seed, start=train.init_from)
+  order = inputs.order(batch_size=train.batch_size, seed=train.seed, kept=kept)
+  steps = experiment.total_steps(inputs.rows(order, train.epochs))
   sizes = dict(
     rows=train.batch_size,
     length=data.row_length,

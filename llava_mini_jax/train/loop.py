@@ -18,13 +18,12 @@ import jax
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.convert.run_start import describe_start
 from llava_mini_jax.convert.run_weights import is_imported
-from llava_mini_jax.data.conversation import template_fingerprint
 from llava_mini_jax.data.inputs import Inputs, Order, load_inputs
 from llava_mini_jax.data.mixture import Mixture
 from llava_mini_jax.data.packing import Packed
 from llava_mini_jax.data.pipeline import DeviceBatches, device_batches
 from llava_mini_jax.data.sizes import SIZES_NAME
-from llava_mini_jax.data.tokenizer import fingerprint, save_tokenizer
+from llava_mini_jax.data.tokenizer import save_tokenizer
 from llava_mini_jax.distributed import is_writer
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sharding import batch_sharding, check_batch, make_mesh, process_rows, use_mesh
@@ -274,10 +273,7 @@ def _meta(experiment: Experiment, inputs: Inputs, total: int) -> dict[str, Any]:
   """What a checkpoint says of its run, the place in the data apart."""
   return dict(
     total_steps=total,
-    dataset=inputs.source.fingerprint,
-    tokenizer=fingerprint(inputs.tokenizer),
-    template=template_fingerprint(experiment.data.template),
-    features=inputs.features and dict(tower=inputs.features.layout.tower, dtype=inputs.features.layout.dtype),
+    **inputs.fingerprints(),
     config=json.loads(json.dumps(experiment.to_dict())),
   )
 

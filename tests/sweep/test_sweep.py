@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,17 @@ from PIL import Image
 from tiny_run import MODEL, REPOSITORY, command, experiment, make_dataset
 
 from llava_mini_jax.config import ConfigError
+from llava_mini_jax.data.inputs import load_inputs
 from llava_mini_jax.data.prepare import prepare
 from llava_mini_jax.data.scenes import Scenes
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sweep import run as sweep_run
 from llava_mini_jax.sweep.grid import Point, Sweep, changed, cost, load_sweep
 from llava_mini_jax.sweep.report import statistics, write_report
-from llava_mini_jax.sweep.run import BUSY, DONE, KEPT, RESULT, directory_of, results, run_sweep
+from llava_mini_jax.sweep.results import FAILURE, RESULT, directory_of, results
+from llava_mini_jax.sweep.run import BUSY, DONE, FAILED, KEPT, describe_cost, run_sweep
+from llava_mini_jax.train.errors import TrainingError
+from llava_mini_jax.train.goodput import LEDGER_NAME
 from llava_mini_jax.train.lock import only_trainer
 
 ABLATIONS = sorted((REPOSITORY / 'configs' / 'ablations').glob('*.py'))
@@ -34,9 +39,15 @@ def get_sweep():
 """
 
 
-def tiny(**values) -> Sweep:
+def tiny(dataset='data', **values) -> Sweep:
   points = tuple(Point(f'layers{n}', {LAYERS: n}, dict(VQAv2=70.0 + n), series=('a',)) for n in (0, 1))
-  return Sweep(**{'title': 'tiny', 'base': experiment('data'), 'points': points, 'seeds': (0, 1), **values})
+  fields = dict(title='tiny', base=experiment(dataset), points=points, seeds=(0, 1), split='train')
+  return Sweep(**{**fields, **values})
+
+
+@pytest.fixture
+def data(tmp_path_factory) -> Path:
+  return make_dataset(tmp_path_factory.getbasetemp())
 
 
 def test_points_change_what_they_name():
@@ -82,6 +93,10 @@ def stub(monkeypatch):
   def train(experiment, workdir, *, preemption):
     trained.append((experiment.model.prefusion.num_layers, experiment.train.seed, workdir))
     workdir.mkdir(parents=True, exist_ok=True)
+    start = 100 * len(trained)
+    with (workdir / LEDGER_NAME).open('a') as ledger:  # 9 s of each life
+      for line in (dict(start=1, at=start), dict(step=1, at=start + 9, seconds=dict(restore=4.0, step=5.0))):
+        ledger.write(json.dumps(line) + '\n')
 
   def evaluated(experiment, *_):
     share = 0.5 + 0.1 * experiment.model.prefusion.num_layers + 0.02 * experiment.train.seed
@@ -98,8 +113,8 @@ def outcomes(sweep: Sweep, workdir: Path) -> list[str]:
   return [outcome for *_, outcome in run_sweep(sweep, workdir, report=lambda line: None)]
 
 
-def test_finished_points_are_kept_and_begun_ones_go_on(tmp_path, stub):
-  sweep = tiny()
+def test_finished_points_are_kept_and_begun_ones_go_on(tmp_path, stub, data):
+  sweep = tiny(data)
   runs = run_sweep(sweep, tmp_path, report=lambda line: None)
   next(runs), next(runs)
   runs.close()  # as a kill does: the third has not begun
@@ -108,10 +123,11 @@ def test_finished_points_are_kept_and_begun_ones_go_on(tmp_path, stub):
   (directory_of(tmp_path, sweep.points[0], 1) / RESULT).unlink()
   assert outcomes(sweep, tmp_path) == [KEPT, DONE, KEPT, KEPT]
   assert stub[4] == stub[1]  # the same directory: the trainer finds its checkpoints
+  assert [result['seconds'] for result in results(sweep, tmp_path)] == [9.0, 18.0, 9.0, 9.0]  # of both its lives
 
 
-def test_a_point_that_another_process_works_on_is_left_to_it(tmp_path, stub):
-  sweep = tiny()
+def test_a_point_that_another_process_works_on_is_left_to_it(tmp_path, stub, data):
+  sweep = tiny(data)
   taken = directory_of(tmp_path, *list(sweep.runs())[2])
   taken.mkdir(parents=True)
   with only_trainer(taken):
@@ -119,29 +135,123 @@ def test_a_point_that_another_process_works_on_is_left_to_it(tmp_path, stub):
   assert outcomes(sweep, tmp_path) == [KEPT, KEPT, DONE, KEPT]
 
 
-def test_another_number_of_questions_is_asked_anew(tmp_path, stub):
-  sweep = tiny()
+def test_a_point_that_was_finished_meanwhile_is_kept(tmp_path, stub, data, monkeypatch):
+  sweep = tiny(data)
   outcomes(sweep, tmp_path)
-  assert [outcome for *_, outcome in run_sweep(sweep, tmp_path, limit=5, report=lambda line: None)] == [DONE] * 4
-  assert [result['limit'] for result in results(sweep, tmp_path)] == [5] * 4
+  read, calls = sweep_run.read_result, []
+
+  def late(*arguments):  # the first look at each point comes too early
+    calls.append(arguments)
+    return read(*arguments) if len(calls) % 2 == 0 else None
+
+  monkeypatch.setattr(sweep_run, 'read_result', late)
+  assert outcomes(sweep, tmp_path) == [KEPT] * 4 and len(stub) == 4
 
 
-def test_a_result_of_another_config_is_refused(tmp_path, stub):
-  sweep = tiny()
+def test_a_point_that_fails_does_not_end_the_sweep(tmp_path, stub, data, monkeypatch):
+  sweep, train, broken = tiny(data), sweep_run.train, [True]
+
+  def fails(experiment, workdir, **options):
+    train(experiment, workdir, **options)
+    if broken and (experiment.model.prefusion.num_layers, experiment.train.seed) == (0, 1):
+      raise TrainingError('step 3: 10 steps skipped')
+
+  monkeypatch.setattr(sweep_run, 'train', fails)
+  failed = f'{FAILED}step 3: 10 steps skipped'
+  assert outcomes(sweep, tmp_path) == [DONE, failed, DONE, DONE]
+  file = directory_of(tmp_path, sweep.points[0], 1) / FAILURE
+  assert file.read_text() == 'step 3: 10 steps skipped\n'
+  assert outcomes(sweep, tmp_path) == [KEPT, KEPT, KEPT, failed]  # last
+  broken.clear()
+  assert outcomes(sweep, tmp_path) == [KEPT, KEPT, KEPT, DONE]
+  assert not file.exists() and outcomes(sweep, tmp_path) == [KEPT] * 4
+
+
+def test_results_of_other_questions_are_not_mixed(tmp_path, stub, data):
+  sweep = tiny(data)
+  outcomes(sweep, tmp_path)
+  runs = run_sweep(sweep, tmp_path, limit=5, report=lambda line: None)
+  assert [outcome for *_, outcome in (next(runs), next(runs))] == [DONE] * 2
+  runs.close()
+  found = [(result['point'], result['limit']) for result in results(sweep, tmp_path)]
+  assert found == [('layers1', 0)] * 2
+  found = [(result['point'], result['limit']) for result in results(sweep, tmp_path, limit=5)]
+  assert found == [('layers0', 5)] * 2
+  said = describe_cost(sweep, tmp_path, 1e12, 0.5, limit=5).splitlines()
+  assert [line.split()[-1] for line in said[1:3]] == ['0', '2']  # seeds left
+  assert results(sweep, tmp_path, max_new_tokens=9) == []
+  longer = run_sweep(sweep, tmp_path, max_new_tokens=9, report=lambda line: None)
+  assert [outcome for *_, outcome in longer] == [DONE] * 4
+
+
+def test_a_result_of_another_config_is_refused(tmp_path, stub, data):
+  sweep = tiny(data)
   outcomes(sweep, tmp_path)
   other = tiny(base=changed(sweep.base, {'train.batch_size': 4}))
   with pytest.raises(ConfigError) as error:
     outcomes(other, tmp_path)
   file = directory_of(tmp_path, sweep.points[0], 0) / RESULT
   assert str(error.value) == (
-    f'{file}: its config differs from this one; use another --workdir:\n  config.train.batch_size: was 8, is 4'
+    f'{file}: its run differs from this one; use another --workdir:\n  config.train.batch_size: was 8, is 4'
   )
-  moved = tiny(base=changed(sweep.base, {'data.dataset': 'elsewhere', 'train.mesh': (1, 1, 1)}))
-  assert outcomes(moved, tmp_path) == [KEPT] * 4
 
 
-def test_the_report(tmp_path, stub):
-  sweep = tiny()
+def test_a_result_of_other_data_is_refused_and_of_data_that_moved_kept(tmp_path, stub, data):
+  sweep = tiny(data)
+  outcomes(sweep, tmp_path)
+  moved = shutil.copytree(data, tmp_path / 'moved')
+  base = changed(sweep.base, {'data.dataset': str(moved), 'train.mesh': (1, 1, 1)})
+  assert outcomes(tiny(base=base), tmp_path) == [KEPT] * 4
+  elsewhere = tmp_path / 'other'
+  prepare([str(data.parent / 'train.json')], elsewhere, media_roots=[data.parent], tokenizer_vocab_size=300)
+  other = tiny(base=changed(sweep.base, {'data.tokenizer': str(elsewhere / 'tokenizer')}))
+  template = tmp_path / 'template.jinja'
+  template.write_text((REPOSITORY / 'llava_mini_jax' / 'data' / 'templates' / 'chatml.jinja').read_text() + ' ')
+  written = tiny(base=changed(sweep.base, {'data.template': str(template)}))
+  records = json.loads((data.parent / 'train.json').read_text())[:8]
+  (tmp_path / 'train.json').write_text(json.dumps(records))
+  tokenizer = data / 'tokenizer'
+  prepare([str(tmp_path / 'train.json')], tmp_path / 'fewer', media_roots=[data.parent])
+  fewer = tiny(base=changed(sweep.base, {'data.dataset': str(tmp_path / 'fewer'), 'data.tokenizer': str(tokenizer)}))
+  for changes, name in ((other, 'tokenizer'), (written, 'template'), (fewer, 'dataset')):
+    with pytest.raises(ConfigError, match=rf'use another --workdir:\n  fingerprints\.{name}: was .*, is [^\n]*$'):
+      outcomes(changes, tmp_path)
+
+
+def test_a_result_without_fingerprints_is_compared_by_its_config(tmp_path, stub, data):
+  sweep = tiny(data)
+  outcomes(sweep, tmp_path)
+  for file in tmp_path.glob(f'*/*/{RESULT}'):
+    found = json.loads(file.read_text())
+    for name in ('fingerprints', 'questions', 'split', 'max_new_tokens'):
+      del found[name]
+    file.write_text(json.dumps(found))
+  assert outcomes(sweep, tmp_path) == [KEPT] * 4 and len(results(sweep, tmp_path)) == 4
+
+
+def test_what_the_first_process_sees_counts(tmp_path, stub, data, monkeypatch):
+  """The others do not look: a file may come late to them."""
+  sweep = tiny(data)
+  monkeypatch.setattr(sweep_run, 'is_writer', lambda: False)
+  monkeypatch.setattr(sweep_run, 'as_first', lambda numbers: [True] * len(numbers))
+  assert outcomes(sweep, tmp_path) == [KEPT] * 4 and not stub
+  monkeypatch.setattr(sweep_run, 'first_fault', lambda fault: 'a fault of the first')
+  with pytest.raises(ConfigError, match='^a fault of the first$'):
+    outcomes(sweep, tmp_path)
+
+
+def test_packed_rows_are_counted_as_the_trainer_does(tmp_path, data):
+  base = changed(tiny(data).base, {'data.pack': True, 'data.row_length': 128, 'data.visuals_per_row': 8})
+  base = changed(base, {'train.epochs': 8.0, 'train.max_steps': 0, 'train.batch_size': 2})
+  inputs = load_inputs(base.data, base.model)
+  rows = inputs.rows(inputs.order(batch_size=2, seed=0), 8.0)
+  assert rows < 8 * len(inputs.source)
+  found = cost(base, kept=tmp_path / 'sizes.npz')
+  assert found.steps == rows // 2 and (tmp_path / 'sizes.npz').is_file()
+
+
+def test_the_report(tmp_path, stub, data):
+  sweep = tiny(data)
   assert write_report(sweep, [], tmp_path) == []
   outcomes(sweep, tmp_path)
   found = results(sweep, tmp_path)
@@ -173,7 +283,7 @@ def test_the_statistics():
 @pytest.fixture(scope='module')
 def sixteen_scenes(tmp_path_factory) -> Path:
   out = tmp_path_factory.mktemp('scenes') / 'data'
-  prepare(['scenes'], out, scenes=Scenes(16), tokenizer_vocab_size=0)
+  prepare(['scenes'], out, scenes=Scenes(16))
   return out
 
 
@@ -222,6 +332,19 @@ def test_the_command(tmp_path, tmp_path_factory):
   assert trained.model.decoder == MODEL.decoder
   written = {'results.csv', 'table.md', *(f'accuracy_by_{x}.png' for x in ('layers', 'tokens', 'flops'))}
   assert written < {path.name for path in (tmp_path / 'out').iterdir()}
+
+
+@pytest.mark.slow
+def test_the_command_ends_badly_if_a_point_fails(tmp_path, tmp_path_factory):
+  file, data = tmp_path / 'grid.py', make_dataset(tmp_path_factory.getbasetemp())
+  diverges = "Point('diverges', {'train.groups': (('.*', 1e30),), 'train.max_skipped': 1})"
+  file.write_text(FILE.replace('  return Sweep', f'  points.insert(0, {diverges})\n  return Sweep'))
+  words = file, f'--workdir={tmp_path / "out"}', f'--dataset={data}', '--seeds=0', '--mesh=1,1,1', '--limit=6'
+  process = command('sweep', *words, cache=tmp_path / 'cache')
+  said, errors = process.communicate()
+  assert process.returncode == 1 and 'layers1, seed 0: done' in said
+  assert re.search(r'error: sweep: 1 run\(s\) failed:\n  diverges, seed 0: failed: .+$', errors.strip()), errors
+  assert '1 runs; 1 to come' in (tmp_path / 'out' / 'table.md').read_text()
 
 
 @pytest.mark.slow
