@@ -16,7 +16,8 @@ pre-fusion; the others have none, and text embeddings that train. `prefusion_lay
 stage 2, where they start anew. Sources: the systems' own training scripts. LLaMA-VID's batch of stage 2 and its epochs
 are taken from LLaVA-v1.5, VoCo's single token is the paper's (its code has two), and PruMerge's 32 tokens stand for
 what its outliers come to in the mean. Both stages of `none` hold the whole tower, for PruMerge goes on from them with
-one layer more than the others read.
+one layer more than the others read. LLaMA-VID's stage 2 takes one question of each record, since its token reads all
+instruction tokens of its row: that of an earlier question would know a later one.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def compared_stage(
   base = paper_stage(model, stage, template=template, name=name)
   changed = dataclasses.replace(model, vision=vision, compressor=compressor, prefusion=prefusion, detach_text=False)
   train = _stage1(kind, name) if first else _stage2(kind, name)
-  return Experiment(changed, base.data, train)
+  alone = kind == 'llama_vid' and not first
+  return Experiment(changed, dataclasses.replace(base.data, max_turns=1) if alone else base.data, train)
 
 
 def _stage1(kind: str, name: str) -> TrainConfig:

@@ -85,7 +85,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
-  """Compression of P patch tokens to C; docs/compressors.md says which kind reads which field."""
+  """Compression of P patch tokens to C; docs/compressors.md says which kind reads which field, and refuses which."""
 
   kind: str = 'query'  # one of COMPRESSORS
   grid: int = 1  # C = grid²; mqt: of its queries. 0 = no vision token, the fused text alone knows the image
@@ -214,27 +214,17 @@ class LlavaMiniConfig:
     require_choice('LlavaMiniConfig.attention', self.attention, ('auto', 'jnp', 'splash'))
     if isinstance(self.visual_chunk, bool) or self.visual_chunk < 0:
       raise ConfigError(f'LlavaMiniConfig.visual_chunk: expected 0 or more; found {self.visual_chunk!r}')
-    if compressor := self.compressor_class:
-      compressor.check(self)
-    self._check_placement()
+    self._check_compressor()
     if self.prefusion.init == 'decoder' and self.prefusion.num_layers > self.decoder.num_hidden_layers:
       raise ConfigError(
         f'prefusion.init=decoder needs {self.prefusion.num_layers} decoder layers; '
         f'there are {self.decoder.num_hidden_layers}'
       )
 
-  def _check_placement(self) -> None:
-    kind, within, layers = self.compressor.kind, self.compressor.within, self.decoder.num_hidden_layers
-    if not self.tokens_per_visual and not self.prefusion.num_layers:
-      raise ConfigError('prefusion.num_layers: expected 1 or more without vision tokens; found 0')
-    if not within:
-      return
-    if within >= layers:
-      raise ConfigError(f'CompressorConfig.within: expected fewer than the {layers} decoder layers; found {within}')
-    if not (self.compressor_class and self.compressor_class.inside):
-      raise ConfigError(f'CompressorConfig.within: expected 0 with {kind}; found {within}')
-    if self.compressor.space != 'llm' or self.compressor.elastic or not self.tokens_per_visual:
-      raise ConfigError('CompressorConfig.within: expected space=llm, at least one token and not elastic')
+  def _check_compressor(self) -> None:
+    from llava_mini_jax.models.compressors.checks import check_compressor  # which builds on this file
+
+    check_compressor(self)
 
   @property
   def compressor_width(self) -> int:
@@ -246,6 +236,24 @@ class LlavaMiniConfig:
     from llava_mini_jax.models.compressors import KINDS  # which builds on this file
 
     return KINDS.get(self.compressor.kind)
+
+  def compressor_reads(self, what: str) -> bool:
+    """Whether its compressor takes one of `Compressor.reads`."""
+    return bool(self.compressor_class) and what in self.compressor_class.reads
+
+  @property
+  def compressor_attends(self) -> bool:
+    """Whether `LlavaMini.compress` can say where the compressor looked."""
+    kind = self.compressor_class
+    return bool(kind and kind.gives_attention and self.new_tokens(1) and not self.compressor.within)
+
+  @property
+  def reads_visuals_plainly(self) -> bool:
+    """Whether what the decoder gets of a visual depends on that visual alone, is as long for every one, and is read
+    there like any other token."""
+    kind, config = self.compressor_class, self.compressor
+    special = kind and (kind.in_decoder or kind.varies(config) or 'text' in kind.reads)
+    return not (config.within or special)
 
   @property
   def tokens_per_visual(self) -> int:

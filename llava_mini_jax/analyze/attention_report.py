@@ -58,7 +58,7 @@ def attention_report(
     drawn.remove('map')
   write_dropped(ranges, right, out)
   model = run.experiment.model
-  if model.compressor_class and model.compressor_class.gives_attention and model.new_tokens(1):
+  if model.compressor_attends:
     write_compressor(*_compressed(run, first), out)
   else:
     drawn.remove('compressor')

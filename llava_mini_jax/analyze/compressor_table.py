@@ -12,16 +12,16 @@ from llava_mini_jax.compressor_recipes import DEFAULTS
 from llava_mini_jax.config import LlavaMiniConfig
 
 TEXT = 43
-FIELDS = dict(
-  query=('patches', 'grid²', '`grid`'),
-  average=('patches', 'grid²', '`grid`'),
-  mqt=('patches', '`keep`, or grid²', '`grid`, `keep`, `elastic`'),
-  prumerge=('keys and class attention', '`keep` + 1', '`keep`, `neighbours`, `elastic`'),
-  prumerge_plus=('keys and class attention', '2 · `keep` + 1', '`keep`, `neighbours`'),
-  tokenpacker=('hidden states', 'grid²', '`grid`, `layers`'),
-  llama_vid=('the question', '1 + grid²', '`grid`, `text_queries`'),
-  voco=('nothing', '`keep`', '`keep`'),
-  none=('–', 'P', '–'),
+READS = dict(  # and its C
+  query=('patches', 'grid²'),
+  average=('patches', 'grid²'),
+  mqt=('patches', '`keep`, or grid²'),
+  prumerge=('keys and class attention', '`keep` + 1'),
+  prumerge_plus=('keys and class attention', '2 · `keep` + 1'),
+  tokenpacker=('hidden states', 'grid²'),
+  llama_vid=('the question', '1 + grid²'),
+  voco=('nothing', '`keep`'),
+  none=('–', 'P'),
 )
 
 
@@ -45,7 +45,9 @@ def rows() -> list[str]:
       beyond.append(f'{config.vision.num_patches} patches in the decoder while the prompt is read')
     count = f'{config.new_tokens(1) or tokens}'
     own = f'{flops.compressor / 1e9:.3f} G' if flops.compressor else '0'
-    lines.append(f'| `{kind}` | {" | ".join(FIELDS[kind])} | {own} | {", ".join(beyond) or "–"} | {count} |')
+    fields = ', '.join(f'`{field}`' for field in (config.compressor_class.fields if config.compressor_class else ()))
+    cells = [f'`{kind}`', *READS[kind], fields or '–', own, ', '.join(beyond) or '–', count]
+    lines.append(f'| {" | ".join(cells)} |')
   return lines
 
 

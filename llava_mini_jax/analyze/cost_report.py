@@ -57,13 +57,9 @@ def describe(experiment: Experiment, text: int) -> str:
     ('this prompt', lambda c: prompt_flops(config, text, views=views, convention=c)),
     ('every patch', lambda c: prompt_flops(baseline(config), text, views=views, convention=c)),
     ('8 frames', lambda c: prompt_flops(config, text, visuals=8, convention=c)),
-    (
-      'question 2',
-      lambda c: later_question_flops(
-        config, text, context=config.slots_per_visual(views) + text, views=views, convention=c
-      ),
-    ),
   ]
+  if lasting := not config.compressor_reads('text'):
+    rows.append(('question 2', lambda c: later_question_flops(config, text, earlier=text, views=views, convention=c)))
   lines = [f'{text} text tokens, {views} view(s), {config.slots_per_visual(views)} vision token(s) to the decoder', '']
   for convention in CONVENTIONS:
     lines += [_line(f'FLOPs, {convention}', [*NAMES.values(), 'total'])]
@@ -71,7 +67,11 @@ def describe(experiment: Experiment, text: int) -> str:
     lines += [_line(name, [*map(scaled, dataclasses.astuple(f)), scaled(f.total)]) for name, f in counts.items()]
     saved = 1 - counts['this prompt'].total / counts['every patch'].total
     lines += [f'  {saved:.1%} less than every patch', '']
-  return '\n'.join([*lines, *_training(experiment), '', *_memory(config, views)])
+  lines += [*_training(experiment), '', *_memory(config, views)]
+  if lasting:
+    kept = session_bytes(config, views=views) / MIB
+    lines.append(f'an image whose later questions cost no second look: {kept:,.3f} MiB')
+  return '\n'.join(lines)
 
 
 def _views(experiment: Experiment) -> int:
@@ -112,8 +112,7 @@ def _memory(config: LlavaMiniConfig, views: int) -> list[str]:
       f'an image, {name}: keys and values {found["last"].cache / MIB:,.3f} MiB; '
       f'with the logits of every token {found["all"].total / MIB:,.3f} MiB'
     )
-  kept = session_bytes(config, views=views) / MIB
-  return [*lines, f'an image whose later questions cost no second look: {kept:,.3f} MiB']
+  return lines
 
 
 def _line(name: str, cells: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, require_choice
+from llava_mini_jax.config import ConfigError, DecoderConfig, LlavaMiniConfig, require_choice
 
 CONVENTIONS = ('full', 'calflops')
 _LAYER_NORM = 5.0  # FLOPs per element that calflops counts
@@ -69,7 +69,7 @@ def _vision(model: LlavaMiniConfig) -> np.ndarray:
   config = model.vision
   w, f, tokens = config.hidden_size, config.intermediate_size, config.num_patches + 1
   layers = config.run_layers * np.array([2.0 * tokens * (4 * w * w + 2 * w * f), 4.0 * tokens**2 * w])
-  if 'class_attention' in (model.compressor_class.reads if model.compressor_class else ()):
+  if model.compressor_reads('class_attention'):
     layers += 2.0 * (tokens + 1) * w * w, 2.0 * tokens * w
   return layers + (2 * config.num_patches * 3 * config.patch_size**2 * w, 0)
 
@@ -86,8 +86,8 @@ def _parts(
   compressor = np.array(kind.flops(config, keys, images, fused_text) if kind else (0.0, 0.0))
   within = config.compressor.within
   sequence = patches + fused_text + (c if config.prefusion.fuse_compressed and not within else 0)
-  layers = _llama_layers(config.decoder, config.decoder.num_hidden_layers - within, length)
-  layers = layers + _llama_layers(config.decoder, within, visuals * patches + length)
+  parts = decoder_parts(config, length=length, visuals=visuals, views=views)
+  layers = sum(_llama_layers(config.decoder, *part) for part in parts)
   return dict(
     vision=images * views * _vision(config),
     projector=np.array([images * 2.0 * projected * (w * d + d * d), 0.0]),
@@ -129,6 +129,33 @@ def fused_visual_length(config: LlavaMiniConfig, views: int = 1) -> int:
   return views * config.vision.num_patches + (config.new_tokens(views) if compressed else 0)
 
 
+def decoder_parts(config: LlavaMiniConfig, *, length: int, visuals: int, views: int = 1) -> list[tuple[int, int]]:
+  """(layers, tokens) of each part of the decoder for a row: where it compresses inside, its first layers see more."""
+  within, layers = config.compressor.within, config.decoder.num_hidden_layers
+  first = [(within, visuals * views * config.vision.num_patches + length)] if within else []
+  return [*first, (layers - within, length)]
+
+
+def kept_parts(config: LlavaMiniConfig, *, visuals: int = 1, views: int = 1, text: int = 0) -> list[tuple[int, int]]:
+  """(layers, tokens) whose keys and values each part of the decoder keeps of a prompt, as `infer.generate` does.
+
+  Where the number of tokens depends on the image, it is the largest. text: tokens that are kept; voco keeps none of
+  those in front of the last visual.
+  """
+  within, layers = config.compressor.within, config.decoder.num_hidden_layers
+  hides = config.compressor_class and config.compressor_class.in_decoder
+  tokens = visuals * (config.new_tokens(views) if hides else config.slots_per_visual(views)) + text
+  first = [(within, visuals * views * config.vision.num_patches + text)] if within else []
+  return [*first, (layers - within, tokens)]
+
+
+def require_lasting_tokens(config: LlavaMiniConfig) -> None:
+  """Raises ConfigError for a compressor whose tokens depend on the question: another one needs another look."""
+  if config.compressor_reads('text'):
+    found = config.compressor.kind
+    raise ConfigError(f'a later question: expected a compressor that does not read the question; found {found}')
+
+
 def prompt_sizes(
   config: LlavaMiniConfig, text: int, *, visuals: int = 1, views: int = 1, convention: str = 'full'
 ) -> dict[str, int]:
@@ -147,13 +174,15 @@ def prompt_flops(
 
 
 def later_question_flops(
-  config: LlavaMiniConfig, text: int, *, context: int, visuals: int = 1, views: int = 1, convention: str = 'full'
+  config: LlavaMiniConfig, text: int, *, earlier: int, visuals: int = 1, views: int = 1, convention: str = 'full'
 ) -> Flops:
-  """`text` more tokens about visuals whose keys and values are kept, as are those of `context` tokens of the decoder.
+  """`text` more tokens about visuals whose keys and values are kept, as are those of `earlier` tokens of text.
 
-  No vision token depends on the text, so only the new tokens run, through pre-fusion once for each visual.
+  No vision token depends on the text, so only the new tokens run, through pre-fusion once for each visual. Raises
+  ConfigError for a compressor that reads the question, and for another convention.
   """
   require_choice('convention', convention, CONVENTIONS)
+  require_lasting_tokens(config)
   d = config.decoder
 
   def layers(count: int, kept: int) -> float:
@@ -166,7 +195,8 @@ def later_question_flops(
     projector=0.0,
     compressor=0.0,
     prefusion=visuals * layers(config.prefusion.num_layers, fused_visual_length(config, views)),
-    decoder=layers(d.num_hidden_layers, context) + unembedding_flops(config, text),
+    decoder=sum(layers(*part) for part in kept_parts(config, visuals=visuals, views=views, text=earlier))
+    + unembedding_flops(config, text),
   )
 
 
@@ -208,10 +238,11 @@ def recomputed_flops(
     qkv=d.hidden_size * h * (n + 2 * k), out=d.hidden_size * n * h, mlp=2 * d.hidden_size * d.intermediate_size
   )
   tower = dict(qkv=3 * v.hidden_size**2, out=v.hidden_size**2, mlp=v.hidden_size * v.intermediate_size)
+  decoder = decoder_parts(config, length=sizes['length'], visuals=sizes['visuals'], views=views)
   stations = (
     ('vision', images * views, v.run_layers, v.num_patches + 1, tower, v.hidden_size),
     ('prefusion', images, config.prefusion.num_layers, fused, llama, n * h),
-    ('decoder', rows, d.num_hidden_layers, sizes['length'], llama, n * h),
+    *(('decoder', rows, layers, tokens, llama, n * h) for layers, tokens in decoder),
   )
   total, passes = 0.0, False
   for name, sequences, layers, tokens, kernels, width in stations:
@@ -236,7 +267,12 @@ def unembedding_flops(config: LlavaMiniConfig, tokens: int) -> float:
 
 
 def decode_flops(config: LlavaMiniConfig, *, rows: int, slots: int) -> float:
-  """One new token per row, which sees a cache of so many slots (those not in use included)."""
+  """One new token per row, which sees a cache of so many slots (those not in use included).
+
+  Raises ConfigError where the decoder compresses inside: its parts have caches of different lengths.
+  """
+  if config.compressor.within:
+    raise ConfigError(f'decode_flops: expected compressor.within=0; found {config.compressor.within}')
   d = config.decoder
   (weights, _), seen = _llama_layers(d, d.num_hidden_layers, 1), 4.0 * slots * d.num_attention_heads * d.head_dim
   return rows * (weights + d.num_hidden_layers * seen) + unembedding_flops(config, rows)

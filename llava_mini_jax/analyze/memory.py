@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from llava_mini_jax.analyze.flops import fused_visual_length
+from llava_mini_jax.analyze.flops import decoder_parts, fused_visual_length, kept_parts, require_lasting_tokens
 from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, require_choice
 from llava_mini_jax.train.tree import parameter_shapes
 
@@ -39,15 +39,23 @@ def cache_bytes_per_token(config: DecoderConfig, element_bytes: int = 2) -> int:
 def image_memory(
   config: LlavaMiniConfig, *, views: int = 1, logits: str = 'last', element_bytes: int = 2
 ) -> ImageMemory:
-  """Args: logits: all = kept for every prompt token; last = for none of an image. Raises ConfigError for another."""
+  """Of each part of the decoder what `flops.kept_parts` says; the logits are of the prompt's slots.
+
+  Args:
+    logits: all = kept for every prompt token; last = for none of an image. Raises ConfigError for another.
+  """
   require_choice('logits', logits, LOGITS)
-  tokens = config.slots_per_visual(views)
-  kept = 4 * config.decoder.vocab_size if logits == 'all' else 0
-  return ImageMemory(tokens * cache_bytes_per_token(config.decoder, element_bytes), tokens * kept)
+  of_layer = cache_bytes_per_token(dataclasses.replace(config.decoder, num_hidden_layers=1), element_bytes)
+  kept = config.slots_per_visual(views) * 4 * config.decoder.vocab_size if logits == 'all' else 0
+  return ImageMemory(sum(layers * tokens for layers, tokens in kept_parts(config, views=views)) * of_layer, kept)
 
 
 def session_bytes(config: LlavaMiniConfig, *, views: int = 1, element_bytes: int = 2) -> int:
-  """Of one visual whose later questions cost no second look: pre-fusion's keys and values, the decoder's besides."""
+  """Of one visual whose later questions cost no second look: pre-fusion's keys and values, the decoder's besides.
+
+  Raises ConfigError for a compressor that reads the question.
+  """
+  require_lasting_tokens(config)
   fused = fused_visual_length(config, views)
   layers = dataclasses.replace(config.decoder, num_hidden_layers=max(1, config.prefusion.num_layers))
   kept = fused * cache_bytes_per_token(layers, element_bytes) if config.prefusion.num_layers else 0
@@ -78,11 +86,12 @@ def kept_activation_bytes(config: LlavaMiniConfig, *, element_bytes: int = 2, **
   Raises:
     ConfigError: remat `dots` or `none`, which keep what only the compiled program shows (launch/compile_tpu.py).
   """
-  d = config.decoder
-  fused = fused_visual_length(config, sizes.get('views', 1)) + sizes['fused_text']
+  d, views = config.decoder, sizes.get('views', 1)
+  fused = fused_visual_length(config, views) + sizes['fused_text']
+  parts = decoder_parts(config, length=sizes['length'], visuals=sizes['visuals'], views=views)
   tokens = dict(
     prefusion=config.prefusion.num_layers * sizes['rows'] * sizes['visuals'] * fused,
-    decoder=d.num_hidden_layers * sizes['rows'] * sizes['length'],
+    decoder=sizes['rows'] * sum(layers * tokens for layers, tokens in parts),
   )
   context, projections = d.num_attention_heads * d.head_dim, 2 * d.num_key_value_heads * d.head_dim
   kept = {}

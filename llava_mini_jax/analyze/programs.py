@@ -1,7 +1,8 @@
 """The programs that a run executes, built for devices that need not be there: abstract arguments, nothing allocated.
 
 `train` is the trainer's own step; `prefill` and `decode` are the generator's; `video` encodes, fuses and splices one
-video, what is done once before the first question about it.
+video, what is done once before the first question about it. `decode` and `video` are those of a decoder that reads
+visuals like any other token (`LlavaMiniConfig.reads_visuals_plainly`).
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def make_program(
     new_tokens: of an answer, which the cache has room for.
     dtype: of the parameters, not when training: float32 (what is loaded from a checkpoint) or bfloat16.
   Raises:
-    ConfigError, MeshError: as training would, before anything is compiled.
+    ConfigError, MeshError: as training would, before anything is compiled; ConfigError also for `decode` and `video` of
+      a compressor that reads the question, varies in its number of tokens, or acts in the decoder.
   """
   require_choice('step', step, STEPS)
   require_choice('dtype', dtype, ('float32', 'bfloat16'))
@@ -167,6 +169,10 @@ def _asking(
   experiment: Experiment, mesh: Mesh, step: str, rows: int, *, text: int, new_tokens: int, dtype: jnp.dtype
 ) -> Program:
   model, data = experiment.model, experiment.data
+  if step != 'prefill' and not model.reads_visuals_plainly:
+    found = f'kind={model.compressor.kind!r}, within={model.compressor.within}, elastic={model.compressor.elastic}'
+    expected = 'a compressor whose tokens are the same for every question, all of them, outside the decoder'
+    raise ConfigError(f'step {step}: expected {expected}; found {found}')
   views = _views(experiment)
   frames = data.video_frames or data.video_max_frames or data.visuals_per_row
   visuals = frames if step == 'video' else 1

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from llava_mini_jax.config import ConfigError, LlavaMiniConfig
+from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.conversation import end_of_turn, load_template
 from llava_mini_jax.infer.core import Core, Memory
 from llava_mini_jax.infer.load import Loaded, load_run
@@ -58,7 +58,7 @@ class Engine:
         compressor that reads the question, varies in its number of tokens, or acts in the decoder.
     """
     model = run.experiment.model
-    if not _sees_once(model):
+    if not model.reads_visuals_plainly:
       raise ConfigError(
         'Engine: expected a compressor whose tokens are the same for every question, all of them, outside the decoder; '
         f'found kind={model.compressor.kind!r}, within={model.compressor.within}, elastic={model.compressor.elastic}. '
@@ -156,10 +156,3 @@ class Engine:
 
   def _text(self, ids: Sequence[int]) -> str:
     return self.run.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _sees_once(model: LlavaMiniConfig) -> bool:
-  """Whether what the decoder gets of a visual depends on that visual alone, and is read like any other token."""
-  compressor, kind = model.compressor, model.compressor_class
-  varies = compressor.elastic and compressor.kind.startswith('prumerge')
-  return not (compressor.within or varies or compressor.kind == 'voco' or (kind and 'text' in kind.reads))

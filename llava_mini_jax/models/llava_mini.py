@@ -16,7 +16,6 @@ from flax import nnx
 
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig
 from llava_mini_jax.models.attention import AttentionMask
-from llava_mini_jax.models.compressors.voco import roles
 from llava_mini_jax.models.decoder import Decoder
 from llava_mini_jax.models.prefusion import Prefusion
 from llava_mini_jax.models.projector import Projector
@@ -37,12 +36,11 @@ def to_raster(crops: jax.Array) -> jax.Array:
 class LlavaMini(nnx.Module):
   def __init__(self, config: LlavaMiniConfig, *, rngs: nnx.Rngs):
     self.config = config
-    reads = config.compressor_class.reads if config.compressor_class else ()
     self.vision = VisionTower(
       config.vision,
       scan=config.scan.of('vision'),
-      layers=config.compressor.layers if 'layers' in reads else (),
-      class_attention='class_attention' in reads,
+      layers=config.compressor.layers if config.compressor_reads('layers') else (),
+      class_attention=config.compressor_reads('class_attention'),
       rngs=rngs,
     )
     self.projector = Projector(config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
@@ -75,8 +73,8 @@ class LlavaMini(nnx.Module):
 
   def roles(self, batch: Batch) -> jax.Array | None:
     """What tokens of a row are to each other, int32[B L], where the decoder itself compresses; else None."""
-    carries = self.config.compressor.kind == 'voco' and batch.pixels.shape[1]
-    return roles(self.config.compressor, batch) if carries else None
+    kind = self.config.compressor_class
+    return kind.roles(self.config.compressor, batch) if kind and kind.in_decoder and batch.pixels.shape[1] else None
 
   def run_within(self, batch: Batch, keep: Callable) -> tuple[jax.Array, tuple]:
     """Every layer of a decoder that compresses inside: [B L D], and what is kept; see `within.run`."""
@@ -94,7 +92,12 @@ class LlavaMini(nnx.Module):
     return self.rows(batch)[0]
 
   def rows(self, batch: Batch) -> tuple[jax.Array, Batch]:
-    """`embed`, and the batch with the positions and segments that hold once unused slots are left out."""
+    """`embed`, and the batch with the positions and segments that hold once unused slots are left out.
+
+    Raises ConfigError where the decoder compresses inside: its first layers read more than one row.
+    """
+    if self.config.compressor.within:
+      raise ConfigError(f'rows of the decoder: expected compressor.within=0; found {self.config.compressor.within}')
     text = self.decoder.embed(batch.tokens, self.dtype)
     if not batch.pixels.shape[1]:
       return text, batch
@@ -104,8 +107,9 @@ class LlavaMini(nnx.Module):
   def _spliced(self, text: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     if self.config.detach_text:
       text = jax.lax.stop_gradient(text)
-    if batch.branch_ids is not None and self.config.compressor.kind == 'llama_vid':
-      raise ConfigError('compressor.kind=llama_vid: expected a question per row; found several side by side')
+    if batch.branch_ids is not None and self.config.compressor_reads('text'):
+      kind = self.config.compressor.kind
+      raise ConfigError(f'compressor.kind={kind}: expected a question per row; found several side by side')
     compressed, fused, kept = self.see(text, batch)
     if self.config.video_stop_grad and batch.pixels.shape[1] > 1:
       compressed, fused = jax.lax.stop_gradient((compressed, fused))
@@ -188,9 +192,14 @@ class LlavaMini(nnx.Module):
     With several views P' = [all crops as one raster; the whole image], and the crops' raster alone is compressed.
     Without a compressor there are no tokens of its own. `return_attention` adds its head-mean attention
     float32[B C keys]. text [B T D], text_mask bool[B T]: what a compressor that reads the text is given.
+
+    Raises ConfigError for `return_attention` unless `config.compressor_attends`.
     """
+    if return_attention and not self.config.compressor_attends:
+      found = f'kind={self.config.compressor.kind!r}, within={self.config.compressor.within}'
+      raise ConfigError(f'attention of the compressor: expected one that attends to patches; found {found}')
     patches, compressed, more = self._compress(features, text, text_mask, return_attention=return_attention)
-    return patches, compressed, *(more if return_attention and self.compressor.gives_attention else ())
+    return patches, compressed, *(more if return_attention else ())
 
   def _compress(self, features, text, text_mask, *, return_attention: bool = False):
     width, several = self.config.vision.hidden_size, features.shape[1] > 1
@@ -205,7 +214,7 @@ class LlavaMini(nnx.Module):
     extras = keys[..., width:]
     options = dict(text=(text, text_mask), project=self.projector, layers=extras, class_attention=extras)
     options = {name: options[name] for name in self.compressor.reads}
-    if return_attention and self.compressor.gives_attention:
+    if return_attention:
       options['return_attention'] = True
     keys = keys[..., :width]
     if self.config.compressor.space == 'llm':

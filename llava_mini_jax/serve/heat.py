@@ -35,9 +35,9 @@ class Heat:
   def over(self, data: bytes, where: str) -> dict[str, Any]:
     """`{"rows", "columns", "weights": C lists in raster order}`; each list's largest weight is 1.
 
-    Raises DataError for an image that cannot be read, Refused 422 for a model that compresses by no query.
+    Raises DataError for an image that cannot be read, Refused 422 for a model whose compressor does not attend.
     """
-    if self._engine.run.experiment.model.compressor.kind != 'query':
+    if not self._engine.run.experiment.model.compressor_attends:
       raise Refused(422, 'model: expected one that compresses by queries; found one that does not')
     image, images = load_image(data, where), self._engine.encoder.media.images
     pixels = np.stack([images(image)] * self._engine.core.visual_places(1))

@@ -56,7 +56,7 @@ def run_sweep(
   Args:
     limit: questions asked of each point; 0 = all of the split. batch_size: of questions.
   Yields:
-    Point, seed and KEPT, BUSY, DONE, or FAILED and why training ended (TrainingError), when it is so.
+    Point, seed and KEPT, BUSY, DONE, or FAILED and in one line why training ended (TrainingError), when it is so.
   Raises:
     ConfigError: a result or a run of another config or other data lies in the directory of a point. Preempted and the
     rest as `train.loop.train`; the sweep ends there, and the same command goes on.
@@ -83,7 +83,7 @@ def run_sweep(
       except TrainingError as error:
         if is_writer():
           (directory / FAILURE).write_text(f'{error}\n')
-        yield point, seed, f'{FAILED}{error}'
+        yield point, seed, FAILED + ' '.join(str(error).split())
         continue
       found = _evaluated(experiment, directory, asked, batch_size)
       if is_writer():

@@ -48,9 +48,9 @@ def check_experiment(experiment: Experiment, trainer: Trainer) -> None:
 
 def check_reads(experiment: Experiment) -> None:
   """Raises ConfigError for a compressor that reads more of the tower than the features, which are what is stored."""
-  kind = experiment.model.compressor_class
-  if kind and {'layers', 'class_attention'} & set(kind.reads):
-    name = experiment.model.compressor.kind
+  model = experiment.model
+  if model.compressor_reads('layers') or model.compressor_reads('class_attention'):
+    name = model.compressor.kind
     raise ConfigError(f'data.features: expected a compressor that reads the selected layer alone; found {name}')
 
 

@@ -132,7 +132,7 @@ def test_a_later_question(visuals):
   sizes = dict(visuals=visuals)
   for convention in ('calflops', 'full'):
     both = prompt_flops(VICUNA, 60, **sizes, convention=convention)
-    later = later_question_flops(VICUNA, 17, context=visuals + 43, **sizes, convention=convention)
+    later = later_question_flops(VICUNA, 17, earlier=43, **sizes, convention=convention)
     first = prompt_flops(VICUNA, 43, **sizes, convention=convention)
     assert later.vision == later.projector == later.compressor == 0
     if convention == 'calflops':
@@ -140,7 +140,7 @@ def test_a_later_question(visuals):
       assert later.prefusion == both.prefusion - first.prefusion
     else:  # the whole prompt's count squares the row: it has the earlier tokens look at the later ones
       assert later.decoder < both.decoder - first.decoder < 1.01 * later.decoder
-  assert later_question_flops(VICUNA, 17, context=44).total < 0.2 * prompt_flops(VICUNA, 17).total
+  assert later_question_flops(VICUNA, 17, earlier=43).total < 0.2 * prompt_flops(VICUNA, 17).total
 
 
 @pytest.mark.parametrize('remat', ['dots', 'projections', 'attention', 'full'])

@@ -118,6 +118,29 @@ def test_mistakes():
     make_program(long, topology('cpu-8'))
 
 
+@pytest.mark.parametrize('step', ['decode', 'video'])
+@pytest.mark.parametrize(
+  'compressor',
+  [
+    dict(kind='voco', keep=2),
+    dict(kind='llama_vid'),
+    dict(kind='prumerge', keep=3, neighbours=2, elastic=True),
+    dict(space='llm', within=1),
+  ],
+  ids=['voco', 'llama_vid', 'elastic', 'within'],
+)
+def test_steps_that_would_be_those_of_another_model(compressor, step):
+  asked = dataclasses.replace(SMALL, model=small_config(compressor=compressor))
+  found = asked.model.compressor
+  with pytest.raises(ConfigError) as error:
+    make_program(asked, topology('cpu-8'), step=step)
+  assert str(error.value) == (
+    f'step {step}: expected a compressor whose tokens are the same for every question, all of them, outside the '
+    f'decoder; found kind={found.kind!r}, within={found.within}, elastic={found.elastic}'
+  )
+  assert make_program(asked, topology('cpu-8'), step='prefill').model_flops > 0
+
+
 def test_the_report_of_a_cpu():
   text = describe(on_cpus(mesh=(1, 8, 1))[1])
   assert text.startswith('small: train on cpu-8, 8 devices (data 1 × fsdp 8 × tensor 1)\n')

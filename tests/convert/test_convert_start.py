@@ -92,7 +92,7 @@ def test_what_computes_the_same_may_be_written_otherwise(start):
   )
   wanted = dataclasses.replace(
     wanted,
-    compressor=CompressorConfig(kind='none', attention='plain', key_position='none'),
+    compressor=CompressorConfig(kind='none', space='llm', num_heads=2),
     prefusion=PrefusionConfig(num_layers=0, fuse_compressed=False),
     dtype='float32',
     visual_chunk=2,

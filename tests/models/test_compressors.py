@@ -24,6 +24,7 @@ from torch_parity import close
 
 from llava_mini_jax.config import COMPRESSORS, CompressorConfig, ConfigError, LlavaMiniConfig
 from llava_mini_jax.infer.generate import generate
+from llava_mini_jax.models.attention import BEHIND, CARRIES, AttentionMask
 from llava_mini_jax.models.compressors import KINDS
 from llava_mini_jax.models.compressors.mqt import draw_kept
 from llava_mini_jax.models.compressors.prumerge import outliers
@@ -379,14 +380,48 @@ def test_voco_hides_what_is_behind_its_tokens():
   np.testing.assert_array_equal(mask[2], expected)
   assert not mask[1].any()
 
-  base = logits_at(config, batch)
-  params = random_params(config)
+
+@dataclasses.dataclass(frozen=True)
+class Cut(AttentionMask):
+  """VoCo tokens see nothing that only they and what is behind them may see: the one way from there on is gone."""
+
+  def allowed(self) -> jax.Array:
+    way = (self.roles[:, :, None] == CARRIES) & (self.roles[:, None, :] == BEHIND)
+    return super().allowed() & ~way
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaking(Cut):
+  """As `Cut`, but for what follows, which sees everything: a mask that hides nothing."""
+
+  def allowed(self) -> jax.Array:
+    follows = (self.roles[:, :, None] == 0) & AttentionMask(self.query_segments, self.key_segments).allowed()
+    return super().allowed() | follows
+
+
+def test_patches_reach_what_follows_through_voco_tokens_alone():
+  """Other patches, and another text in front, change what follows; without the way through the tokens, nothing."""
+  config = config_of('voco', fusion=0)
+  batch = batch_of(config, ((1,), (1, 1), (2,)))
   tokens = batch.tokens.copy()
   tokens[:, 0] = (tokens[:, 0] + 1) % 64  # in front of the image
-  changed = logits_at(config, dataclasses.replace(batch, tokens=tokens))
-  assert np.abs(base[1] - changed[1]).max() > 1e-3  # text alone sees it
-  without = {p: np.zeros_like(x) if p == 'decoder/layers/self_attn/o_proj' else x for p, x in params.items()}
-  assert np.abs(logits_at(config, batch, params=without)[0] - base[0]).max() > 1e-3
+  other = dataclasses.replace(batch, pixels=batch.pixels[::-1], tokens=tokens)
+
+  def hidden(model, batch):
+    x, _ = model.rows(batch)
+    roles, found = model.roles(batch), {}
+    for name, kind in (('whole', AttentionMask), ('cut', Cut), ('leaking', Leaking)):
+      mask = kind(batch.segment_ids, batch.segment_ids, roles=roles)
+      found[name] = model.decoder.norm(model.decoder.run(x, batch.positions, mask, keep=lambda *_: None)[0])
+    return found, model.hidden(batch), roles
+
+  (a, of_model, roles), (b, *_) = (run(config, hidden, some) for some in (batch, other))
+  follows = (roles == 0) & (batch.segment_ids > 0)
+  assert follows.any(1).all()
+  np.testing.assert_array_equal(a['whole'], of_model)
+  np.testing.assert_array_equal(a['cut'][follows], b['cut'][follows])
+  for name in ('whole', 'leaking'):
+    assert np.abs(a[name] - b[name])[follows].max() > 1e-3, name
 
 
 def test_inside_the_decoder_rows_are_as_with_every_patch_up_to_the_layer():
@@ -421,6 +456,55 @@ def test_inside_the_decoder_rows_are_as_with_every_patch_up_to_the_layer():
   assert late.shape == (4, LENGTH, D)
 
 
+def test_what_a_model_says_of_its_compressor():
+  """Of these properties engine, preflight, server and reports ask, not of the kind."""
+  attends = {kind for kind in KINDS if config_of(kind).compressor_attends}
+  assert attends == {'query', 'mqt'}
+  inside = config_of('query', within=1, space='llm')
+  assert not (config_of('query', grid=0).compressor_attends or inside.compressor_attends)
+  plain = {kind for kind in KINDS if config_of(kind).reads_visuals_plainly}
+  assert plain == set(KINDS) - {'voco', 'llama_vid'}
+  assert not (config_of('prumerge', elastic=True).reads_visuals_plainly or inside.reads_visuals_plainly)
+  assert config_of('mqt', elastic=True).reads_visuals_plainly
+  assert small_config(compressor=dict(kind='none')).reads_visuals_plainly
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    small_config(compressor=dict(kind='none')),
+    config_of('query', grid=0),
+    config_of('query', within=1, space='llm'),
+    config_of('average'),
+  ],
+  ids=['none', 'no token', 'within', 'average'],
+)
+def test_where_a_compressor_looked_is_said_of_those_that_look(config):
+  features = jnp.zeros((1, 1, PATCHES, W))
+  model = merge(structure(config), random_params(config))
+  assert len(jax.eval_shape(model.compress, features)) == 2
+  compressor = config.compressor
+  message = f'expected one that attends to patches; found kind={compressor.kind!r}, within={compressor.within}'
+  with pytest.raises(ConfigError) as error:
+    jax.eval_shape(functools.partial(model.compress, return_attention=True), features)
+  assert str(error.value) == f'attention of the compressor: {message}'
+
+
+def test_rows_of_a_decoder_that_compresses_inside_are_refused():
+  config = config_of('query', within=1, space='llm')
+  with pytest.raises(ConfigError, match='(?m)^rows of the decoder: expected compressor.within=0; found 1$'):
+    run(config, LlavaMini.embed, batch_of(config))
+
+
+def test_questions_side_by_side_are_refused_where_the_text_is_read():
+  config = config_of('llama_vid')
+  batch = batch_of(config)
+  beside = dataclasses.replace(batch, branch_ids=np.zeros_like(batch.segment_ids))
+  message = '(?m)^compressor.kind=llama_vid: expected a question per row; found several side by side$'
+  with pytest.raises(ConfigError, match=message):
+    run(config, LlavaMini.__call__, beside)
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
@@ -431,9 +515,11 @@ def test_inside_the_decoder_rows_are_as_with_every_patch_up_to_the_layer():
     (dict(kind='prumerge', neighbours=16), 'CompressorConfig.neighbours: expected 1 to 15; found 16'),
     (
       dict(kind='prumerge_plus', elastic=True),
-      'CompressorConfig.elastic: expected False with prumerge_plus; found True',
+      'CompressorConfig.elastic: expected False with prumerge_plus, which does not read it; found True',
     ),
     (dict(kind='tokenpacker', layers=(3,)), 'CompressorConfig.layers: expected hidden states 0 to 2; found (3,)'),
+    (dict(kind='voco', grid=2), 'CompressorConfig.grid: expected 1 with voco, which does not read it; found 2'),
+    (dict(kind='query', keep=2), 'CompressorConfig.keep: expected 0 with query, which does not read it; found 2'),
     (dict(kind='voco', keep=0), 'CompressorConfig.keep: expected 1 or more with voco; found 0'),
     (dict(kind='query', within=2), 'CompressorConfig.within: expected fewer than the 2 decoder layers; found 2'),
     (dict(kind='voco', within=1), 'CompressorConfig.within: expected 0 with voco; found 1'),

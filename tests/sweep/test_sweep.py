@@ -154,13 +154,13 @@ def test_a_point_that_fails_does_not_end_the_sweep(tmp_path, stub, data, monkeyp
   def fails(experiment, workdir, **options):
     train(experiment, workdir, **options)
     if broken and (experiment.model.prefusion.num_layers, experiment.train.seed) == (0, 1):
-      raise TrainingError('step 3: 10 steps skipped')
+      raise TrainingError('step 3: 10 steps\n  skipped')
 
   monkeypatch.setattr(sweep_run, 'train', fails)
   failed = f'{FAILED}step 3: 10 steps skipped'
   assert outcomes(sweep, tmp_path) == [DONE, failed, DONE, DONE]
   file = directory_of(tmp_path, sweep.points[0], 1) / FAILURE
-  assert file.read_text() == 'step 3: 10 steps skipped\n'
+  assert file.read_text() == 'step 3: 10 steps\n  skipped\n'
   assert outcomes(sweep, tmp_path) == [KEPT, KEPT, KEPT, failed]  # last
   broken.clear()
   assert outcomes(sweep, tmp_path) == [KEPT, KEPT, KEPT, DONE]

@@ -75,6 +75,7 @@ def test_the_recipe_of_each_kind(kind, stage):
     expected = {'projector', *own} if stage == 'stage1' else {'projector', *own, 'decoder'}
     assert trained == ({'lora', 'projector'} if found.train.lora_rank else expected)
     assert found.train.batch_size == (256 if stage == 'stage1' else 128)
+  assert found.data.max_turns == (kind == 'llama_vid' and stage == 'stage2')
 
 
 def imported(model: LlavaMiniConfig) -> LlavaMiniConfig:

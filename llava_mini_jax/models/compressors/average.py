@@ -30,6 +30,7 @@ def cells(x: jax.Array, grid: int) -> jax.Array:
 
 
 class AverageCompressor(Compressor):
+  fields = ('grid', 'space')
   inside = True
 
   @staticmethod

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig
+from llava_mini_jax.types import Batch
 
 
 class Compressor(nnx.Module):
@@ -18,6 +19,8 @@ class Compressor(nnx.Module):
   their number depends on the image, also int32[B], how many of the C count, from the first.
 
   Attributes:
+    fields: those of `CompressorConfig` that it reads, besides `kind` and `within`; others must have their defaults
+      (`checks`).
     reads: other arguments that `__call__` takes, of
       project: the projector, [... W] -> [... D], for what maps a part of its tokens itself;
       text: the raw embeddings of the instruction [B T D] and which of them are there, bool[B T];
@@ -27,13 +30,16 @@ class Compressor(nnx.Module):
     projects: True: it gives the decoder's width, [B C D]; False: the projector follows, if `space` is vision.
     keeps_patches: True: the patches go to the decoder too, before its tokens.
     inside: True: it can compress the decoder's hidden states as well (`compressor.within`).
+    in_decoder: True: the decoder itself compresses: what its tokens are to each other is said by `roles`.
     gives_attention: `__call__(x, return_attention=True)` also gives the head-mean weights float32[B C P].
   """
 
+  fields: ClassVar[tuple[str, ...]] = ()
   reads: ClassVar[tuple[str, ...]] = ()
   projects: ClassVar[bool] = False
   keeps_patches: ClassVar[bool] = False
   inside: ClassVar[bool] = False
+  in_decoder: ClassVar[bool] = False
   gives_attention: ClassVar[bool] = False
 
   def __init__(self, model: LlavaMiniConfig, *, rngs: nnx.Rngs):
@@ -46,6 +52,16 @@ class Compressor(nnx.Module):
   @staticmethod
   def tokens(config: CompressorConfig, patches: int) -> int:
     """C of a visual of so many patches."""
+    raise NotImplementedError
+
+  @staticmethod
+  def varies(config: CompressorConfig) -> bool:
+    """Whether the number of its tokens depends on the image."""
+    return False
+
+  @staticmethod
+  def roles(config: CompressorConfig, batch: Batch) -> jax.Array:
+    """What each token of a row is to the others, int32[B L], as `AttentionMask.roles`: of what is `in_decoder`."""
     raise NotImplementedError
 
   @staticmethod

@@ -5,7 +5,8 @@ through the projector. q are `text_queries` queries that have read the question.
 
 Simplified: the original's q come from a Q-Former of twelve layers (InstructBLIP's) that reads question and image; here
 learnt queries read the question's raw embeddings in one cross-attention with one head. A token that depends on the
-question cannot be shared by questions side by side.
+question cannot be shared by questions side by side. It reads all instruction tokens that its visual is fused with, of
+every turn: rows of several questions have it know later ones, so that it is trained with one question per row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from llava_mini_jax.models.layers import Linear, fan_in, linear, param
 
 
 class LlamaVid(Compressor):
+  fields = ('grid', 'text_queries', 'space', 'init_std')
   reads = ('text', 'project')
   projects = True
 

@@ -34,6 +34,7 @@ def draw_kept(config: CompressorConfig, batch: Batch, step: jax.Array) -> Batch:
 
 
 class MatryoshkaCompressor(Compressor):
+  fields = ('grid', 'keep', 'elastic', 'num_heads', 'space', 'init_std')
   inside = True
   projects = True
   gives_attention = True

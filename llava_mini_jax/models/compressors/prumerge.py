@@ -27,10 +27,11 @@ def outliers(a: jax.Array, most: int) -> jax.Array:
 
 
 class PruMerge(Compressor):
+  fields = ('keep', 'neighbours', 'elastic')
   reads = ('class_attention',)
 
-  @classmethod
-  def check(cls, model: LlavaMiniConfig) -> None:
+  @staticmethod
+  def check(model: LlavaMiniConfig) -> None:
     config, patches = model.compressor, model.vision.num_patches
     if config.space != 'vision':
       raise ConfigError(f"CompressorConfig.space: expected 'vision' with {config.kind}; found {config.space!r}")
@@ -44,6 +45,10 @@ class PruMerge(Compressor):
   @staticmethod
   def tokens(config: CompressorConfig, patches: int) -> int:
     return config.keep + 1
+
+  @staticmethod
+  def varies(config: CompressorConfig) -> bool:
+    return config.elastic
 
   @classmethod
   def flops(cls, model: LlavaMiniConfig, patches: int, images: int, text: int) -> tuple[float, float]:
@@ -78,11 +83,7 @@ class PruMerge(Compressor):
 
 
 class PruMergePlus(PruMerge):
-  @classmethod
-  def check(cls, model: LlavaMiniConfig) -> None:
-    PruMerge.check(model)
-    if model.compressor.elastic:
-      raise ConfigError('CompressorConfig.elastic: expected False with prumerge_plus; found True')
+  fields = ('keep', 'neighbours')
 
   @staticmethod
   def tokens(config: CompressorConfig, patches: int) -> int:

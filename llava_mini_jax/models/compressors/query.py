@@ -20,6 +20,7 @@ from llava_mini_jax.models.positions import resize_table, sincos_table
 
 
 class QueryCompressor(Compressor):
+  fields = ('grid', 'num_heads', 'space', 'attention', 'key_position', 'init_std')
   inside = True
   gives_attention = True
 

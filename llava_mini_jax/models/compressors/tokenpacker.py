@@ -21,6 +21,7 @@ from llava_mini_jax.models.layers import LayerNorm, Linear, fan_in, linear, para
 
 
 class TokenPacker(Compressor):
+  fields = ('grid', 'layers', 'num_heads')
   reads = ('layers',)
 
   def __init__(self, model: LlavaMiniConfig, *, rngs: nnx.Rngs):

@@ -20,8 +20,10 @@ from llava_mini_jax.types import Batch
 
 
 class VoCo(Compressor):
+  fields = ('keep',)
   projects = True
   keeps_patches = True
+  in_decoder = True
 
   def __init__(self, model: LlavaMiniConfig, *, rngs: nnx.Rngs):
     init = nnx.initializers.normal(model.decoder.initializer_range)
@@ -36,17 +38,16 @@ class VoCo(Compressor):
   def tokens(config: CompressorConfig, patches: int) -> int:
     return config.keep
 
+  @staticmethod
+  def roles(config: CompressorConfig, batch: Batch) -> jax.Array:
+    rows, length = batch.tokens.shape
+    slots = batch.slot_index[:, :, -config.keep :].reshape(rows, -1)
+    carries = jax.vmap(lambda at: jnp.zeros(length, bool).at[at].set(True, mode='drop'))(slots)
+    same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
+    later = jnp.triu(jnp.ones((length, length), bool))
+    behind = (same & later & carries[:, None, :]).any(2)
+    return jnp.where(carries, CARRIES, jnp.where(behind, BEHIND, 0))
+
   def __call__(self, x: jax.Array) -> jax.Array:  # [B P W] -> [B C D]
     tokens = self.tokens_in[...].astype(x.dtype)
     return jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape))
-
-
-def roles(config: CompressorConfig, batch: Batch) -> jax.Array:
-  """What each token of a row is to the others, int32[B L], as `attention.AttentionMask.roles`."""
-  rows, length = batch.tokens.shape
-  slots = batch.slot_index[:, :, -config.keep :].reshape(rows, -1)
-  carries = jax.vmap(lambda at: jnp.zeros(length, bool).at[at].set(True, mode='drop'))(slots)
-  same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
-  later = jnp.triu(jnp.ones((length, length), bool))
-  behind = (same & later & carries[:, None, :]).any(2)
-  return jnp.where(carries, CARRIES, jnp.where(behind, BEHIND, 0))
