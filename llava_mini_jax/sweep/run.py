@@ -139,7 +139,13 @@ def _seconds(directory: Path) -> float:
 def describe_cost(
   sweep: Sweep, workdir: Path, peak: float, share: float, *, limit: int = 0, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> str:
-  """What each point will cost; hours at `share` of `peak` FLOP/s, those of finished runs left out of the sum."""
+  """What each point will cost; hours at `share` of `peak` FLOP/s, those of finished runs left out of the sum.
+
+  Where rows are packed or grouped, the sizes of the records are measured, and kept where the first run will look.
+
+  Raises:
+    DataError, ConfigError: as `cost` and `read_result`.
+  """
   lines, total = ['point                 layers  tokens   FLOPs/answer   steps  FLOPs/run   hours/run  seeds left'], 0.0
   asked = Asked(sweep.split, limit, max_new_tokens)
   for point in sweep.points:
