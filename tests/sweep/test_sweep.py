@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import start_processes
 from tiny_run import MODEL, REPOSITORY, command, experiment, make_dataset
 
 from llava_mini_jax.config import ConfigError
@@ -345,6 +346,21 @@ def test_the_command_ends_badly_if_a_point_fails(tmp_path, tmp_path_factory):
   assert process.returncode == 1 and 'layers1, seed 0: done' in said
   assert re.search(r'error: sweep: 1 run\(s\) failed:\n  diverges, seed 0: failed: .+$', errors.strip()), errors
   assert '1 runs; 1 to come' in (tmp_path / 'out' / 'table.md').read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_job(tmp_path, tmp_path_factory):
+  """They train a point together, and called again both keep it; table and result are written once."""
+  data, file, out = make_dataset(tmp_path_factory.getbasetemp()), tmp_path / 'grid.py', tmp_path / 'out'
+  file.write_text(FILE)
+  launch = REPOSITORY / 'launch' / 'sweep.py'
+  words = [launch, file, f'--workdir={out}', f'--dataset={data}', '--seeds=0', '--mesh=-1,1,1', '--limit=4']
+  for outcome in (DONE, KEPT):
+    processes = start_processes([*words, '--evaluate_batch_size=4'], 2, 1)
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert [f'layers1, seed 0: {outcome}\n' in text for text in said] == [True, False], said
+    assert ['written: ' in text for text in said] == [True, False]
 
 
 @pytest.mark.slow
