@@ -81,8 +81,8 @@ def main(words: Sequence[str]) -> None:
         say(line := f'{point.name}, seed {seed}: {outcome}')
         failed += [line] * outcome.startswith(FAILED)
   if not _ESTIMATE.value and is_writer():
-    for path in write_report(sweep, results(sweep, workdir, **asked), workdir):
-      say(f'written: {path}')
+    found = results(sweep, workdir, **asked)
+    say('\n'.join(f'written: {path}' for path in write_report(sweep, found, workdir)) or f'no results with {asked}')
   if failed:
     raise TrainingError('\n  '.join([f'sweep: {len(failed)} run(s) failed:', *failed]))
 
