@@ -43,6 +43,8 @@ class Life:
   def samples(self, process: int = 0) -> dict[int, list[str]]:
     """Hashes of the rows that a process gave, by step; a few more than were trained on."""
     path = Path(f'{self.stem}.{process}.jsonl')
+    if not path.exists():  # it died before its first batch
+      return {}
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
     return {self.first_step + 1 + i: json.loads(line) for i, line in enumerate(lines)}
 
