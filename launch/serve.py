@@ -30,12 +30,14 @@ _MAX_NEW = flags.DEFINE_integer('max_new_tokens', Limits.new_tokens, 'Most token
 _QUEUE = flags.DEFINE_integer('queue', Limits.queue, 'Requests that may wait for a slot.', lower_bound=0)
 _SET = flags.DEFINE_multi_string('set', [], 'section.field=value: ask with other input settings; may be repeated.')
 _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile what short questions need before the first one comes.')
+_SERVER_NAME = flags.DEFINE_multi_string('server_name', [], 'Host name of a proxy before it; may be repeated.')
 flags.mark_flags_as_required(['checkpoint'])
 
 
 def main(_) -> None:
   limits = Limits(queue=_QUEUE.value, new_tokens=_MAX_NEW.value)
-  key, bound = read_key(_KEY_FILE.value), listen(_HOST.value, _PORT.value)
+  key, names = read_key(_KEY_FILE.value), _SERVER_NAME.value
+  hosts, bound = host_names(_HOST.value, key, names), listen(_HOST.value, _PORT.value)
   engine = Engine.from_checkpoint(
     _CHECKPOINT.value,
     dtype=_DTYPE.value,
@@ -48,7 +50,7 @@ def main(_) -> None:
   if _WARM_UP.value:
     warm_up(engine)
   name = _NAME.value or Path(_CHECKPOINT.value).resolve().name
-  app = make_app(engine, name=name, limits=limits, key=key, hosts=host_names(_HOST.value))
+  app = make_app(engine, name=name, limits=limits, key=key, hosts=hosts, server_names=names)
   print(announce(bound, name), flush=True)
   serve(app, bound, limits)
 

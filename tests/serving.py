@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from llava_mini_jax.serve.app import Service, make_app
 from llava_mini_jax.serve.limits import Limits
 from llava_mini_jax.serve.run import config, listen
 
-NAME = 'tiny'
+NAME, PATH = 'tiny', '/v1/chat/completions'
 
 
 class Served:
@@ -35,7 +37,7 @@ class Served:
 
   def ask(self, **fields) -> httpx.Response:
     """POSTs a chat request; one short question unless `fields` say otherwise."""
-    return self.http.post('/v1/chat/completions', json=chat(**fields))
+    return self.http.post(PATH, json=chat(**fields))
 
 
 def chat(content: object = 'hello', **fields) -> dict:
@@ -83,3 +85,16 @@ def shows(*sources: str, text: str = 'color?', video: bool = False) -> list[dict
   """Parts of a message: images, or videos, and a text."""
   kind = 'video_url' if video else 'image_url'
   return [*({'type': kind, kind: dict(url=source)} for source in sources), dict(type='text', text=text)]
+
+
+def send(server: Served, path: str = PATH, body: dict | bytes | None = None, head: str = '', **fields) -> socket.socket:
+  """A request on a connection of its own, whose answer nobody has read; a chat unless a `body` says otherwise.
+
+  head: other headers than those of a JSON body that is whole.
+  """
+  data = body if isinstance(body, bytes) else json.dumps(body or chat(**fields)).encode()
+  host, port = server.url.removeprefix('http://').split(':')
+  connection = socket.create_connection((host, int(port)), timeout=30)
+  head = head or f'Content-Type: application/json\r\nContent-Length: {len(data)}'
+  connection.sendall(f'POST {path} HTTP/1.1\r\nHost: {host}\r\n{head}\r\n\r\n'.encode() + data)
+  return connection

@@ -12,7 +12,7 @@ from PIL import Image
 from llava_mini_jax.config import require_choice
 from llava_mini_jax.data.conversation import VIDEO_TAG, Turn, tagged_media
 from llava_mini_jax.data.images import ImageProcessor, load_image
-from llava_mini_jax.data.video import FrameSampler, read_frames, squash
+from llava_mini_jax.data.video import UNBOUND, Bounds, FrameSampler, read_frames, squash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,12 @@ class MediaProcessor:
     """
     return list(self.stream(source, tag, where))
 
-  def stream(self, source: bytes | Path, tag: str, where: str) -> Iterator[np.ndarray]:
-    """`read`, one at a time: memory does not grow with the length of a video."""
+  def stream(self, source: bytes | Path, tag: str, where: str, bounds: Bounds = UNBOUND) -> Iterator[np.ndarray]:
+    """`read`, one at a time: memory does not grow with the length of a video. bounds: of a video."""
     if tag != VIDEO_TAG:
       yield np.asarray(load_image(source, where))
       return
-    for frame in read_frames(source, self.sampler, where):
+    for frame in read_frames(source, self.sampler, where, bounds):
       yield squash(frame, self.images.size) if self.frame_resize == 'squash' else frame
 
   def read_record(self, turns: Iterable[Turn], media: Sequence[bytes | Path], where: str) -> list[list[np.ndarray]]:

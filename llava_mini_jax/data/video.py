@@ -26,7 +26,7 @@ import itertools
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -90,6 +90,22 @@ class FrameSampler:
     return [(a + b) // 2 for a, b in itertools.pairwise(borders)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+  """What decoding may take, where a video is a stranger's.
+
+  Attributes:
+    pixels: most of a frame, looked up before it is decoded.
+    spend: told the pixels of each decoded frame, and 0 before each packet; what it raises ends the decoding.
+  """
+
+  pixels: int = MAX_PIXELS
+  spend: Callable[[int], None] = lambda pixels: None
+
+
+UNBOUND = Bounds()
+
+
 class VideoInfo(NamedTuple):
   """frames: all of them; seconds: from the first frame to the end of the last; width, height: of the first, upright."""
 
@@ -114,7 +130,9 @@ class _Length(NamedTuple):
   ticks: int
 
 
-def read_frames(source: bytes | Path, sampler: FrameSampler, where: str) -> Iterator[np.ndarray]:
+def read_frames(
+  source: bytes | Path, sampler: FrameSampler, where: str, bounds: Bounds = UNBOUND
+) -> Iterator[np.ndarray]:
   """Yields the sampled frames in order, each uint8[h w 3], read-only; a repeated one is the same array again.
 
   Args:
@@ -124,18 +142,18 @@ def read_frames(source: bytes | Path, sampler: FrameSampler, where: str) -> Iter
     ConfigError: PyAV is not installed.
     DataError: E_VIDEO_MISSING no readable file; E_VIDEO_FORMAT not a video of a known container, or without a video
       stream that can be decoded; E_VIDEO_TRUNCATED the data end early or are damaged; E_VIDEO_EMPTY no frame;
-      E_VIDEO_TOO_LARGE over MAX_BYTES, MAX_SECONDS or MAX_PIXELS. In fps mode frames before the damage come first.
+      E_VIDEO_TOO_LARGE over MAX_BYTES, MAX_SECONDS or `bounds.pixels`. In fps mode frames before the damage come first.
   """
   length = None
   if sampler.rule == 'released' or sampler.count or sampler.max_frames:
-    with _opened(source, where) as (container, stream):
-      for shown in _shown(container, stream, where):
+    with _opened(source, where, bounds) as (container, stream):
+      for shown in _shown(container, stream, where, bounds):
         length = _Length(shown.index + 1, shown.end)
-  with _opened(source, where) as (container, stream):
+  with _opened(source, where, bounds) as (container, stream):
     targets = iter(_targets(sampler, stream, length))
     by_index = sampler.rule == 'released'
     target = next(targets)
-    for shown in _shown(container, stream, where):
+    for shown in _shown(container, stream, where, bounds):
       end = shown.index + 1 if by_index else shown.end
       pixels = None
       while target is not None and target < end:
@@ -186,19 +204,19 @@ def _targets(sampler: FrameSampler, stream: Any, length: _Length | None) -> Iter
 
 
 @contextlib.contextmanager
-def _opened(source: bytes | Path, where: str) -> Iterator[tuple[Any, Any]]:
+def _opened(source: bytes | Path, where: str, bounds: Bounds = UNBOUND) -> Iterator[tuple[Any, Any]]:
   """The container and its video stream, neither yet decoded. PyAV reads the open file, and can open nothing else."""
   av = _av()
   with _file(source, where) as file:
     demuxer = demuxer_of(file, where)
     file.seek(0)
-    limits = {'max_pixels': str(MAX_PIXELS)}
+    limits = {'max_pixels': str(bounds.pixels)}
     options = limits | {'protocol_whitelist': 'none'}
     # metadata that is no text is of no interest; from PyAV 19 on it is decoded when it is looked up
     lenient = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
     try:
       with av.open(file, format=demuxer, options=options, buffer_size=_READ, **lenient) as container:
-        stream = _video_stream(container, where)
+        stream = _video_stream(container, where, bounds)
         stream.codec_context.thread_count = 1  # loaders run side by side already
         stream.codec_context.options = limits
         yield container, stream
@@ -246,7 +264,7 @@ def _empty(where: str) -> DataError:
   return DataError('E_VIDEO_EMPTY', where, 'expected a frame; found none')
 
 
-def _video_stream(container: Any, where: str) -> Any:
+def _video_stream(container: Any, where: str, bounds: Bounds) -> Any:
   from av.stream import Disposition
 
   streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -259,17 +277,17 @@ def _video_stream(container: Any, where: str) -> Any:
   if stream.duration is not None and stream.duration * stream.time_base > MAX_SECONDS:
     raise _too_large(where, f'{MAX_SECONDS} seconds', f'{float(stream.duration * stream.time_base):g}')
   width, height = stream.codec_context.width, stream.codec_context.height
-  if width * height > MAX_PIXELS:
-    raise _too_large(where, f'{MAX_PIXELS} pixels a frame', f'{width}x{height}')
+  if width * height > bounds.pixels:
+    raise _too_large(where, f'{bounds.pixels} pixels a frame', f'{width}x{height}')
   return stream
 
 
-def _shown(container: Any, stream: Any, where: str) -> Iterator[_Shown]:
+def _shown(container: Any, stream: Any, where: str, bounds: Bounds = UNBOUND) -> Iterator[_Shown]:
   """Every frame in order of display. One without a timestamp, or with one that goes back, follows the one before it."""
   rate = stream.average_rate or stream.guessed_rate
   usual = max(1, round(1 / (rate * stream.time_base))) if rate else 1
   shown = first = None
-  for index, frame in enumerate(_decoded(container, stream, where)):
+  for index, frame in enumerate(_decoded(container, stream, where, bounds)):
     # AVI stores no times of display: those found in it are out of order, the times of decoding are one frame apart
     time = frame.dts if container.format.name == 'avi' else frame.pts
     first = (time or 0) if shown is None else first
@@ -287,23 +305,25 @@ def _shown(container: Any, stream: Any, where: str) -> Iterator[_Shown]:
   yield shown
 
 
-def _decoded(container: Any, stream: Any, where: str) -> Iterator[Any]:
+def _decoded(container: Any, stream: Any, where: str, bounds: Bounds) -> Iterator[Any]:
   import av
 
   last = 'before the first frame'
   number = 0
   try:
     for packet in container.demux(stream):
+      bounds.spend(0)
       frames = [] if packet.is_corrupt else packet.decode()
       if packet.is_corrupt or any(frame.is_corrupt for frame in frames):
         raise DataError('E_VIDEO_TRUNCATED', where, f'expected a whole video; damaged {last}')
       for frame in frames:
+        bounds.spend(frame.width * frame.height)
         yield frame
         last = f'after frame {number}' + ('' if frame.time is None else f' ({frame.time:.3f} s)')
         number += 1
   except av.FFmpegError as error:
     if isinstance(error, av.ArgumentError) and stream.codec_context.width == 0:  # so decoders refuse a size
-      raise _too_large(where, f'{MAX_PIXELS} pixels a frame', f'more {last}') from error
+      raise _too_large(where, f'{bounds.pixels} pixels a frame', f'more {last}') from error
     raise DataError('E_VIDEO_TRUNCATED', where, f'expected a whole video; damaged {last}: {error.strerror}') from error
 
 

@@ -32,6 +32,10 @@ _SHORTEST = 32  # tokens of the smallest row
 _GROWTH = 4  # from one number of rows or visuals to the next
 
 
+class PromptFailed(RuntimeError):
+  """A request could not be put into a slot. Its stream has ended as `failed`; no other is touched."""
+
+
 @dataclasses.dataclass
 class Memory:
   """What the decoder has read of one conversation; the next prompt that begins alike goes on from there.
@@ -71,6 +75,7 @@ class _Work:
   laid: Laid
   stream: Stream
   memory: Memory | None
+  alone: bool = False  # its prefill failed beside others
 
   @property
   def known(self) -> int:
@@ -130,6 +135,9 @@ class Core:
 
     Returns:
       Whether anything is left to do.
+    Raises:
+      PromptFailed: a request cannot be put into a slot; step again for the others. After anything else the state of
+        the slots may be lost, so that no later step can go on.
     """
     with self._lock:
       while self._arrived:
@@ -181,19 +189,32 @@ class Core:
     """Fills slots with the first request of the queue and those of the same length behind it."""
     first, free = self._queue[0], [slot for slot, work in enumerate(self._slots) if work is None]
     group, length = [first], self._length(len(first.laid.tokens))
-    if not first.known:
-      alike = [w for w in self._queue if self._length(len(w.laid.tokens)) == length and not w.known]
-      group = alike[: len(free)]
+    if not (first.known or first.alone):
+      group = [w for w in self._queue if self._length(len(w.laid.tokens)) == length and not (w.known or w.alone)]
+      group = group[: len(free)]
     for work in group:
       self._queue.remove(work)
     try:
       self._fill(group, free, length)
-    except Exception:
-      for work in group:  # who waits for them must not wait for ever; the others go on
-        work.stream.end('failed')
-      raise
-    for slot, work in zip(free, group, strict=False):
-      self._slots[slot] = work
+    except Exception as error:
+      self._part(group, error)
+    else:
+      for slot, work in zip(free, group, strict=False):
+        self._slots[slot] = work
+
+  def _part(self, group: list[_Work], error: Exception) -> None:
+    """After a prefill that failed: which of the group is at fault is seen when each is tried alone."""
+    lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))  # `prefill` is given the state to write into
+    if len(group) > 1 and not lost:
+      for work in reversed(group):
+        work.alone = True
+        self._queue.appendleft(work)
+      return
+    for work in group:  # who waits for them must not wait for ever
+      work.stream.end('failed')
+    if lost:
+      raise error
+    raise PromptFailed(f'{group[0].laid.name}: {error}') from error
 
   def _fill(self, group: list[_Work], free: list[int], length: int) -> None:
     """Sees, reads and prefills; `length` places per row."""

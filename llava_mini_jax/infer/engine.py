@@ -21,7 +21,7 @@ from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.conversation import end_of_turn, load_template
 from llava_mini_jax.infer.core import Core, Memory
 from llava_mini_jax.infer.load import Loaded, load_run
-from llava_mini_jax.infer.prompts import Prompt, PromptEncoder
+from llava_mini_jax.infer.prompts import Laid, Prompt, PromptEncoder
 from llava_mini_jax.infer.sampling import DEFAULT, Sampling
 from llava_mini_jax.infer.stream import Answer, Stream
 from llava_mini_jax.infer.visuals import Visuals
@@ -123,11 +123,15 @@ class Engine:
     Raises:
       DataError: a bad prompt, or one that does not fit.
     """
-    laid, sampling = self.encoder.lay(request.prompt, request.grid), request.sampling
-    ends = {*sampling.stop_ids, *(() if sampling.ignore_end else (self._end,))}
-    stream = Stream(sampling, len(laid.tokens), end=ends, decode=self._text, advance=self.step)
+    laid, stream = self.lay(request)
     self.core.add(laid, stream, memory)
     return stream
+
+  def lay(self, request: Request) -> tuple[Laid, Stream]:
+    """What `submit` gives to the core. Raises DataError: a bad prompt."""
+    laid, sampling = self.encoder.lay(request.prompt, request.grid), request.sampling
+    ends = {*sampling.stop_ids, *(() if sampling.ignore_end else (self._end,))}
+    return laid, Stream(sampling, len(laid.tokens), end=ends, decode=self._text, advance=self.step)
 
   def step(self) -> bool:
     """The next token of every answer that has a slot; whether anything is left to do. Streams call it themselves."""

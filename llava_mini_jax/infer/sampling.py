@@ -18,6 +18,7 @@ import numpy as np
 
 from llava_mini_jax.config import ConfigError
 
+COLDEST = 1e-6  # a lower temperature is greedy: logits divided by it would not be finite
 MAX_LOGPROBS = 20  # OpenAI's limit of `top_logprobs`
 
 
@@ -29,7 +30,7 @@ class Sampling:
   """
 
   max_new_tokens: int = 64
-  temperature: float = 0.0  # 0 = greedy
+  temperature: float = 0.0  # 0 = greedy, and so is what is below COLDEST
   top_k: int = 0  # the k likeliest; 0 = all
   top_p: float = 1.0  # the fewest of the likeliest that have so much of the probability
   min_p: float = 0.0  # those with at least so much of the likeliest one's probability
@@ -88,7 +89,9 @@ class Controls:
     """NumPy arrays, one row for each."""
     types = dict(top_k=np.int32, seed=np.uint32)
     names = [field.name for field in dataclasses.fields(cls)]
-    return cls(**{n: np.array([getattr(s, n) for s in sampling], types.get(n, np.float32)) for n in names})
+    rows = {n: np.array([getattr(s, n) for s in sampling], types.get(n, np.float32)) for n in names}
+    rows['temperature'][rows['temperature'] < COLDEST] = 0
+    return cls(**rows)
 
 
 def choose(logits: jax.Array, used: jax.Array, said: jax.Array, controls: Controls) -> jax.Array:

@@ -1,14 +1,15 @@
 """The HTTP interface: OpenAI's chat completions, models and files; health, metrics, the compressor's heat map, a page.
 
 Enters: an engine and `Limits`. Leaves: an ASGI app. The event loop reads requests and writes answers; threads prepare
-prompts (`prepare`); one thread steps the engine (`worker`).
+prompts (`prepare`); one thread steps the engine (`worker`). Whatever takes long in proportion to what was sent is done
+in threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -27,13 +28,18 @@ from llava_mini_jax.serve.limits import Limits
 from llava_mini_jax.serve.media import Files, Looker
 from llava_mini_jax.serve.metrics import Metrics
 from llava_mini_jax.serve.page import page
+from llava_mini_jax.serve.places import Place, Places
 from llava_mini_jax.serve.prepare import Prepared, prepare, refused, vision_tokens
 from llava_mini_jax.serve.refusal import Refused, json_response, refusal
 from llava_mini_jax.serve.replies import Reply
 from llava_mini_jax.serve.schema import ChatRequest, HeatRequest, parse
+from llava_mini_jax.serve.threads import Threads
+from llava_mini_jax.serve.watch import Watch
 from llava_mini_jax.serve.worker import Answering, Worker
 
 _Result = TypeVar('_Result')
+_END_SECONDS = 3.0  # for threads to notice that the server ends
+_NAME = 255  # characters of a file's name that are kept
 
 
 class Service:
@@ -51,7 +57,9 @@ class Service:
     self.looker = Looker(engine, cached=limits.cached_visuals, frames=limits.frames)
     self.metrics = Metrics(engine, self.worker)
     self.heat = Heat(engine)
-    self._threads = concurrent.futures.ThreadPoolExecutor(limits.prepare_threads, 'prepare')
+    self.uploads = Places(limits.uploads, 'places for uploads', limits.retry_seconds)
+    self._short, self._heating = Threads(2, 'short'), Threads(1, 'heat')
+    self._preparing = Threads(limits.prepare_threads, 'prepare')
 
   @contextlib.asynccontextmanager
   async def running(self, _: FastAPI) -> AsyncIterator[None]:
@@ -59,21 +67,28 @@ class Service:
     try:
       yield
     finally:
-      await asyncio.to_thread(self.worker.stop)
-      self._threads.shutdown(cancel_futures=True)
+      until = time.monotonic() + _END_SECONDS
+      for threads in (self._short, self._heating, self._preparing):
+        threads.stop()
+      await asyncio.to_thread(self.worker.stop, _END_SECONDS)
+      while self.working and time.monotonic() < until:
+        await asyncio.sleep(0.01)
+
+  @property
+  def working(self) -> bool:
+    """Whether any thread has work that it could not be kept from."""
+    return self.worker.working or any(one.working for one in (self._short, self._heating, self._preparing))
 
   async def chat(self, request: Request) -> Response:
-    """One answer, whole or streamed. Its place is free again once it has ended, or the client has left."""
+    """One answer, whole or streamed. Its place is free again once the engine has no more work with it."""
     began = time.monotonic()
     self.worker.check_room()
-    chat = parse(ChatRequest, await json_body(request))
-    if chat.model != self.name:
-      raise Refused(
-        404, f'model: expected {self.name}; found {chat.model[:80]!a}', param='model', code='model_not_found'
-      )
+    body = await json_body(request)
+    chat = await self._short.run(lambda _: parse(ChatRequest, body))
+    self.check_model(chat.model)
+    with self.worker.places.take() as place:
+      prepared, answering = await while_connected(request, self._begin(chat, place))
     with contextlib.ExitStack() as stack:
-      stack.enter_context(self.worker.place())
-      prepared, answering = await while_connected(request, self._begin(chat))
       stack.callback(self.worker.leave, answering)
       stack.callback(self._count, prepared, answering, began)
       reply = Reply(chat, prepared, vision_tokens(self.engine, prepared.reused), self.engine.run.tokenizer)
@@ -84,25 +99,17 @@ class Service:
       await while_connected(request, answering.finished())
       return json_response(reply.whole(answering.stream))
 
-  async def _begin(self, chat: ChatRequest) -> tuple[Prepared, Answering]:
+  async def _begin(self, chat: ChatRequest, place: Place) -> tuple[Prepared, Answering]:
     loop = asyncio.get_running_loop()
 
-    def begin() -> tuple[Prepared, Answering]:
-      prepared = prepare(chat, self.engine, self.files, self.looker, self.limits)
-      return prepared, self.worker.submit(prepared.request, loop)
+    def begin(left: threading.Event) -> tuple[Prepared, Answering]:
+      prepared = prepare(chat, self.engine, self.files, self.looker, self.limits, Watch(self.limits, left))
+      return prepared, self.worker.submit(prepared.request, loop, place)
 
-    beginning = self._threads.submit(begin)
     try:
-      return await asyncio.wrap_future(beginning)
-    except asyncio.CancelledError:  # a thread that has begun goes on: what it submits is nobody's
-      beginning.add_done_callback(self._abandon)
-      raise
+      return await self._preparing.run(begin, place, unwanted=lambda begun: self.worker.leave(begun[1]))
     except DataError as error:
       raise refused(error) from None
-
-  def _abandon(self, beginning: concurrent.futures.Future[tuple[Prepared, Answering]]) -> None:
-    if not (beginning.cancelled() or beginning.exception()):
-      self.worker.leave(beginning.result()[1])
 
   def _count(self, prepared: Prepared, answering: Answering, began: float) -> None:
     stream = answering.stream
@@ -117,15 +124,18 @@ class Service:
   async def upload(self, request: Request) -> Response:
     """OpenAI's `POST /v1/files`: the field `file`; `purpose` is of no interest."""
     check_content_type(request, 'multipart/form-data')
-    form = await request.form(max_files=1, max_fields=8)
-    file = form.get('file')
-    if file is None or isinstance(file, str):
-      raise Refused(422, 'file: expected a file; found none', param='file')
-    name, data = file.filename or 'file', await file.read()
-    await form.close()
-    if not data:
-      raise Refused(422, 'file: expected an image or a video; found no bytes', param='file')
-    return json_response(self.file_object(self.files.add(name, data)))
+    with self.uploads.take() as place:
+      try:
+        async with request.form(max_files=1, max_fields=8) as form:
+          file = form.get('file')
+          if file is None or isinstance(file, str):
+            raise Refused(422, 'file: expected a file; found none', param='file')
+          name, data = (file.filename or 'file')[:_NAME], await file.read()
+      except UnicodeError:
+        raise Refused(400, 'content-type: expected a charset in which the names of the parts are written') from None
+      if not data:
+        raise Refused(422, 'file: expected an image or a video; found no bytes', param='file')
+      return json_response(self.file_object(await self._short.run(lambda _: self.files.add(name, data), place)))
 
   def file_object(self, file_id: str) -> dict[str, Any]:
     name, data = self.files.get(file_id)
@@ -134,17 +144,28 @@ class Service:
 
   async def compressor(self, request: Request) -> Response:
     """Where the compressor looked: see `heat.Heat`."""
-    asked = parse(HeatRequest, await json_body(request))
-    data = self.files.read(asked.url, IMAGE_TAG, 'url')
-    try:
-      over = await asyncio.get_running_loop().run_in_executor(self._threads, self.heat.over, data, 'url')
-    except DataError as error:
-      raise refused(error) from None
-    return json_response(over)
+    self.worker.check_room()
+    body = await json_body(request)
+
+    def look(_: threading.Event) -> Response:
+      asked = parse(HeatRequest, body)
+      return json_response(self.heat.over(self.files.read(asked.url, IMAGE_TAG, 'url'), 'url'))
+
+    with self.worker.places.take() as place:
+      try:
+        return await while_connected(request, self._heating.run(look, place))
+      except DataError as error:
+        raise refused(error) from None
 
   def model_object(self) -> dict[str, Any]:
     head = dict(id=self.name, object='model', created=self.created, owned_by='llava_mini_jax')
     return dict(head, compressor=self.engine.run.experiment.model.compressor.kind)
+
+  def check_model(self, name: str) -> None:
+    """Raises Refused 404."""
+    if name != self.name:
+      message = f'model: expected {self.name}; found {name[:80]!a}'
+      raise Refused(404, message, param='model', code='model_not_found')
 
 
 class _Streaming(StreamingResponse):
@@ -190,23 +211,31 @@ def check_content_type(request: Request, expected: str) -> None:
 
 
 def make_app(
-  engine: Engine, *, name: str, limits: Limits | None = None, key: str = '', hosts: Iterable[str] = ()
+  engine: Engine,
+  *,
+  name: str,
+  limits: Limits | None = None,
+  key: str = '',
+  hosts: Iterable[str] = (),
+  server_names: Iterable[str] = (),
 ) -> FastAPI:
   """Serves an engine.
 
   Args:
-    name: of the model. key: that clients must have; '' = none. hosts: names it goes by, as `gate.Gate`.
+    name: of the model. key: that clients must have; '' = none. hosts, server_names: names it goes by, as `gate.Gate`.
   """
   limits = limits or Limits()
   service = Service(engine, name, limits)
-  app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=service.running)
+  plain = dict(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+  app = FastAPI(**plain, lifespan=service.running)
   routes = _add_routes(app, service)
 
   def ended(path: str, status: int, seconds: float) -> None:
-    known = path if path in routes else '/v1/files' if path.startswith('/v1/files/') else 'other'
+    above = path.rpartition('/')[0]
+    known = path if path in routes else above if above in ('/v1/files', '/v1/models') else 'other'
     service.metrics.requests.labels(known, str(status)).inc()
 
-  app.add_middleware(Gate, limits=limits, key=key, hosts=hosts, ended=ended)
+  app.add_middleware(Gate, limits=limits, key=key, hosts=hosts, server_names=server_names, ended=ended)
   app.add_exception_handler(Refused, _refuse)
   app.add_exception_handler(HTTPException, _refuse_http)
   app.state.service = service
@@ -214,7 +243,7 @@ def make_app(
 
 
 def _add_routes(app: FastAPI, service: Service) -> set[str]:
-  """-> their paths, without those of single files."""
+  """-> their paths, without those of a single file or model."""
   html, headers = page()
 
   async def health() -> Response:
@@ -223,6 +252,10 @@ def _add_routes(app: FastAPI, service: Service) -> set[str]:
 
   async def models() -> Response:
     return json_response(dict(object='list', data=[service.model_object()]))
+
+  async def model(model_id: str) -> Response:
+    service.check_model(model_id)
+    return json_response(service.model_object())
 
   async def metrics() -> Response:
     return Response(service.metrics.text(), media_type='text/plain; version=0.0.4; charset=utf-8')
@@ -246,7 +279,11 @@ def _add_routes(app: FastAPI, service: Service) -> set[str]:
     ('/v1/files', 'POST', service.upload),
     ('/v1/compressor', 'POST', service.compressor),
   ]
-  single = [('/v1/files/{file_id}', 'GET', get_file), ('/v1/files/{file_id}', 'DELETE', delete_file)]
+  single = [
+    ('/v1/models/{model_id}', 'GET', model),
+    ('/v1/files/{file_id}', 'GET', get_file),
+    ('/v1/files/{file_id}', 'DELETE', delete_file),
+  ]
   for path, method, function in plain + single:
     app.add_api_route(path, function, methods=[method], response_model=None)
   return {path for path, *_ in plain}

@@ -12,13 +12,20 @@ class Limits:
   """Raises ConfigError: a number below 1."""
 
   body_bytes: int = 20 * 2**20  # -> 413
+  open_bytes: int = 160 * 2**20  # of the bodies of all requests that are not answered yet -> 429
   read_seconds: float = 30.0  # until the whole body is there -> 408
   header_seconds: float = 10.0  # until the head of a request is there; then the connection is closed
+  send_seconds: float = 30.0  # until a client reads on; then the connection is cut off
+  connections: int = 256  # besides those that have a place -> 503
   media: int = 8  # images and videos of a request -> 422
   frames: int = 64  # images and frames of a request -> 422
+  video_pixels: int = 4096 * 2160  # of a frame -> 422
+  decoded_pixels: int = 2**33  # of all frames that a request makes the server decode, seen or not -> 422
+  decode_seconds: float = 60.0  # for the media of a request -> 422
   characters: int = 131_072  # of text, before it is tokenized -> 422
   new_tokens: int = 1024  # of an answer -> 422
   queue: int = 32  # requests without a slot -> 429
+  uploads: int = 8  # at a time -> 429
   retry_seconds: int = 1  # said with 429
   cached_visuals: int = 64  # images and frames whose vision part is kept
   file_bytes: int = 256 * 2**20  # of uploads that are kept

@@ -16,12 +16,15 @@ import threading
 from collections.abc import Callable
 
 from llava_mini_jax.data.conversation import IMAGE_TAG, VIDEO_TAG
+from llava_mini_jax.data.errors import DataError
+from llava_mini_jax.data.video import UNBOUND, Bounds
 from llava_mini_jax.infer.engine import Engine
 from llava_mini_jax.infer.visuals import Visuals
 from llava_mini_jax.serve.refusal import Refused
 
 _DATA = re.compile(r'data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64,', re.ASCII)
 _SCHEME = re.compile(r'\s*([A-Za-z][A-Za-z0-9+.-]*):')
+_PATIENCE = 0.25  # seconds until who waits for another's look sees whether it is still wanted itself
 KEEP = {IMAGE_TAG: 'seen', VIDEO_TAG: 'features'}  # a video's keys and values would fill the devices
 
 
@@ -103,24 +106,32 @@ class Looker:
     self._coming: dict[tuple[str, str], concurrent.futures.Future] = {}
     self._lock = threading.Lock()
 
-  def look(self, data: bytes, tag: str, where: str) -> tuple[Visuals, bool]:
+  def look(self, data: bytes, tag: str, where: str, bounds: Bounds = UNBOUND) -> tuple[Visuals, bool]:
     """What the engine has seen of it, and whether it had before.
 
     Two that ask for the same at the same time look once.
 
-    Raises DataError if it cannot be read, Refused 422 for too many frames.
+    Raises DataError if it cannot be read, Refused 422 for too many frames, and what `bounds` raise.
     """
     key = tag, hashlib.sha256(data).hexdigest()
-    with self._lock:
-      if found := self._kept.get(key):
-        self._kept.move_to_end(key)
-        return found, True
-      if mine := key not in self._coming:
-        self._coming[key] = concurrent.futures.Future()
-      coming = self._coming[key]
-    if mine:
-      self._settle(key, coming, lambda: self._seen(data, tag, where))
-    return coming.result(), not mine
+    while True:
+      bounds.spend(0)
+      with self._lock:
+        if found := self._kept.get(key):
+          self._kept.move_to_end(key)
+          return found, True
+        if mine := key not in self._coming:
+          self._coming[key] = concurrent.futures.Future()
+        coming = self._coming[key]
+      if mine:
+        self._settle(key, coming, lambda: self._seen(data, tag, where, bounds))
+        return coming.result(), False
+      try:
+        return coming.result(_PATIENCE), True
+      except DataError as error:  # of these bytes, whoever sent them
+        raise DataError(error.code, where, error.message) from error
+      except Exception:  # that request's own: it was given up or had no time left; or the look is not over yet
+        continue
 
   def _settle(self, key: tuple[str, str], coming: concurrent.futures.Future, make: Callable[[], Visuals]) -> None:
     try:
@@ -137,10 +148,12 @@ class Looker:
         self._kept.popitem(last=False)
     coming.set_result(visuals)
 
-  def _seen(self, data: bytes, tag: str, where: str) -> Visuals:
-    frames = []
-    for frame in self._engine.encoder.media.stream(data, tag, where):
-      if len(frames) == self._frames:
+  def _seen(self, data: bytes, tag: str, where: str, bounds: Bounds) -> Visuals:
+    views = []  # what the tower reads of frames is small, and whole frames are not
+    for frame in self._engine.encoder.media.stream(data, tag, where, bounds):
+      if len(views) == self._frames:
         raise Refused(422, f'{where}: expected at most {self._frames} frames; found more', param=where)
-      frames.append(frame)
-    return self._engine.look(frames, keep=KEEP[tag])
+      views += self._engine.views([frame])
+    visuals = self._engine.core.look(KEEP[tag])
+    visuals.add(views)
+    return visuals

@@ -26,8 +26,8 @@ class Metrics:
       slots=('Answers that are decoded together.', lambda: engine.core.slots),
       active_slots=('Slots in use.', lambda: engine.core.active),
       queue=('Requests without a slot.', lambda: engine.core.waiting),
-      places=('Requests that are prepared, wait or are answered.', lambda: worker.places),
-      most_places=('What `places` cannot exceed.', lambda: worker.most),
+      places=('Requests that are prepared, wait or are answered.', lambda: worker.places.taken),
+      most_places=('What `places` cannot exceed.', lambda: worker.places.most),
       healthy=('0 after the engine failed.', lambda: float(not worker.failed)),
     )
     for name, (help_text, value) in gauges.items():

@@ -12,6 +12,7 @@ from llava_mini_jax.serve.limits import Limits
 from llava_mini_jax.serve.media import Files, Looker
 from llava_mini_jax.serve.refusal import Refused
 from llava_mini_jax.serve.schema import ChatRequest, Message, TextPart, VideoPart
+from llava_mini_jax.serve.watch import Watch
 
 DEFAULT_TOKENS = 256  # of an answer, where nothing is said and so many fit
 
@@ -23,23 +24,24 @@ class Prepared:
   reused: int  # of them, those that the engine had seen before
 
 
-def prepare(chat: ChatRequest, engine: Engine, files: Files, looker: Looker, limits: Limits) -> Prepared:
+def prepare(chat: ChatRequest, engine: Engine, files: Files, looker: Looker, limits: Limits, watch: Watch) -> Prepared:
   """Media lead the turn they are in, in their order, as in training.
 
   Raises:
-    Refused: 403, 404 or 422, naming the field. DataError: a medium that cannot be read, a prompt that cannot be.
+    Refused: 403, 404 or 422, naming the field. DataError: a medium that cannot be read, a prompt that cannot be. Left.
   """
   new_tokens = chat.answer_tokens(limits.new_tokens)
   sources = _sources(chat, limits)
   turns = [_turn(message, f'messages.{i}') for i, message in enumerate(chat.messages)]
   data = [(files.read(url, tag, where), tag, where) for url, tag, where in sources]
   media, reused = [], 0
-  for one in data:
-    visuals, known = looker.look(*one)
+  for content, tag, where in data:
+    visuals, known = looker.look(content, tag, where, watch.of(where))
     media.append(visuals)
     reused += len(visuals) * known
     if (found := sum(map(len, media))) > limits.frames:
       raise Refused(422, f'messages: expected at most {limits.frames} images and frames; found {found}')
+  watch.spend('messages')
   prompt = Prompt(turns, media, 'messages')
   if new_tokens is None:
     new_tokens = max(1, min(DEFAULT_TOKENS, limits.new_tokens, _room(engine, prompt)))

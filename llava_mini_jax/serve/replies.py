@@ -28,6 +28,7 @@ class Reply:
     self, chat: ChatRequest, prepared: Prepared, cached_tokens: int, tokenizer: transformers.PreTrainedTokenizerFast
   ):
     self._chat, self._prepared, self._cached, self._tokenizer = chat, prepared, cached_tokens, tokenizer
+    self._tells_usage = bool(chat.stream_options and chat.stream_options.include_usage)
     self._head = dict(id=f'chatcmpl-{secrets.token_hex(12)}', created=int(time.time()), model=chat.model)
 
   def whole(self, stream: Stream) -> dict[str, Any]:
@@ -55,13 +56,14 @@ class Reply:
       yield _event(error_object(refused.status, refused.message))
       return
     yield self._chunk({}, finish=finish)
-    if self._chat.stream_options and self._chat.stream_options.include_usage:
+    if self._tells_usage:
       yield _event(dict(self._head, object='chat.completion.chunk', choices=[], usage=self._usage(stream)))
     yield 'data: [DONE]\n\n'
 
   def _chunk(self, delta: dict, logprobs: dict | None = None, finish: str | None = None) -> str:
     choice = dict(index=0, delta=delta, logprobs=logprobs, finish_reason=finish)
-    return _event(dict(self._head, object='chat.completion.chunk', choices=[choice]))
+    usage = dict(usage=None) if self._tells_usage else {}
+    return _event(dict(self._head, object='chat.completion.chunk', choices=[choice], **usage))
 
   def _usage(self, stream: Stream) -> dict[str, Any]:
     prompt, answer = stream.prompt_tokens, len(stream.ids)

@@ -11,16 +11,31 @@ import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import Field, FiniteFloat
+from pydantic import BeforeValidator, FailFast, Field, FiniteFloat
+from pydantic_core import PydanticCustomError
 
 from llava_mini_jax.infer.sampling import MAX_LOGPROBS, Sampling
 from llava_mini_jax.serve.refusal import Refused
 
 MAX_STOPS, MAX_STOP = 4, 256  # stop strings, and characters of each
+MAX_MESSAGES, MAX_PARTS, MAX_FIELDS = 1024, 256, 64
+MAX_MARKS = 2**19  # brackets and commas of a body, which say how many objects it makes; base64 has none
+
+
+def _few(fields: Any) -> Any:
+  """Before they are looked at: each that is wrong would be an error of its own."""
+  if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+    raise PydanticCustomError('too_many_fields', f'input should have at most {MAX_FIELDS} fields')
+  return fields
 
 
 class _Strict(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(strict=True, extra='forbid', protected_namespaces=())
+
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _few_fields(cls, fields: Any) -> Any:
+    return _few(fields)
 
 
 class TextPart(_Strict):
@@ -48,10 +63,19 @@ class VideoPart(_Strict):
 Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator='type')]
 
 
+Nothing = Annotated[list, Field(max_length=0)] | None
+
+
 class Message(_Strict):
   role: Literal['system', 'developer', 'user', 'assistant']
-  content: list[Part]
+  content: Annotated[list[Part], FailFast(), Field(max_length=MAX_PARTS)]
   name: str | None = None
+  # what an answer has besides its content, so that one can be sent back as it came; never more than nothing here
+  refusal: Literal[''] | None = None
+  annotations: Nothing = None
+  audio: None = None
+  function_call: None = None
+  tool_calls: Nothing = None
 
   @pydantic.field_validator('content', mode='before')
   @classmethod
@@ -73,7 +97,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 
 class ChatRequest(_Strict):
   model: str
-  messages: list[Message] = Field(min_length=1)
+  messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
   max_tokens: int | None = Field(None, ge=1)
   max_completion_tokens: int | None = Field(None, ge=1)
   temperature: FiniteFloat | None = Field(None, ge=0, le=2)
@@ -81,7 +105,7 @@ class ChatRequest(_Strict):
   top_k: int = Field(0, ge=0, lt=2**31)
   min_p: FiniteFloat = Field(0.0, ge=0, le=1)
   repetition_penalty: FiniteFloat = Field(1.0, ge=0.01, le=100)
-  seed: int | None = Field(None, ge=0, lt=2**32)
+  seed: int | None = Field(None, ge=-(2**63), lt=2**63)
   stop: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
   logprobs: bool | None = None
   top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -94,9 +118,11 @@ class ChatRequest(_Strict):
   presence_penalty: FiniteFloat | None = Field(None, ge=0, le=0)
   response_format: ResponseFormat | None = None
   logit_bias: dict | None = Field(None, max_length=0)
-  tools: list | None = Field(None, max_length=0)
+  tools: Nothing = None
+  tool_choice: Literal['none'] | None = None
+  parallel_tool_calls: bool | None = None
   store: Literal[False] | None = None
-  metadata: dict[str, str] | None = None
+  metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
 
   @pydantic.field_validator('stop', mode='before')
   @classmethod
@@ -121,7 +147,7 @@ class ChatRequest(_Strict):
       top_p=float(1.0 if self.top_p is None else self.top_p),
       min_p=float(self.min_p),
       repetition_penalty=float(self.repetition_penalty),
-      seed=secrets.randbits(32) if self.seed is None else self.seed,
+      seed=secrets.randbits(32) if self.seed is None else self.seed % 2**32,
       stop=tuple(self.stop or ()),
       top_logprobs=self.top_logprobs or 0,
     )
@@ -137,7 +163,9 @@ _Request = TypeVar('_Request', bound=_Strict)
 
 
 def parse_json(body: bytes) -> Any:
-  """Raises Refused 400 for what is no JSON in UTF-8, or nested too deep."""
+  """Raises Refused 400 for what is no JSON in UTF-8, nested too deep, or of too many parts."""
+  if (found := sum(map(body.count, (b'[', b'{', b',')))) > MAX_MARKS:
+    raise Refused(400, f'body: expected at most {MAX_MARKS} brackets and commas; found {found}')
   try:
     return json.loads(body.decode('utf-8'))
   except RecursionError:

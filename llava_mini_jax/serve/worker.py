@@ -11,10 +11,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
 
+from llava_mini_jax.infer.core import PromptFailed
 from llava_mini_jax.infer.engine import Engine, Request
 from llava_mini_jax.infer.stream import Stream
+from llava_mini_jax.serve.places import Place, Places
 from llava_mini_jax.serve.refusal import Refused
 
 LOG = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ class Answering:
     stream: what is there of it. first: when its first token was there, of `time.monotonic`; 0 = not yet.
   """
 
-  def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop):
-    self.stream, self.loop, self.first = stream, loop, 0.0
+  def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop, place: Place):
+    """place: held by the engine until nothing more is to come; whether the client reads it or not."""
+    self.stream, self.loop, self.place, self.first = stream, loop, place, 0.0
     self.failed = ''  # why
     self.changed = asyncio.Event()
 
@@ -52,14 +54,14 @@ class Worker:
   """Owns the stepping of an engine.
 
   Attributes:
-    failed: whether a step raised; then nothing is answered any more. most: requests that have a place at a time.
+    failed: whether a step raised; then nothing is answered any more. places: of requests that are being prepared,
+      wait or are answered.
   """
 
   def __init__(self, engine: Engine, *, queue: int, retry_seconds: int):
     """queue: how many requests may wait for a slot. retry_seconds: told to those that may not."""
     self.engine, self.failed = engine, False
-    self.most, self._retry = engine.core.slots + queue, retry_seconds
-    self._places = 0
+    self.places = Places(engine.core.slots + queue, 'places', retry_seconds)
     self._open: set[Answering] = set()
     self._wake = threading.Condition()
     self._ends = False
@@ -68,43 +70,34 @@ class Worker:
   def start(self) -> None:
     self._thread.start()
 
-  def stop(self) -> None:
-    """Ends the thread; whatever is still open stays as it is."""
+  def stop(self, seconds: float) -> None:
+    """Ends the thread, and waits for it so long; whatever is still open stays as it is."""
     with self._wake:
       self._ends = True
       self._wake.notify()
-    self._thread.join()
+    self._thread.join(seconds)
 
   @property
-  def places(self) -> int:
-    """Requests that are being prepared, wait or are answered."""
-    return self._places
+  def working(self) -> bool:
+    """Whether there is a thread."""
+    return self._thread.is_alive()
 
   def check_room(self) -> None:
     """Raises Refused: 503 after a failure, 429 where all places are taken."""
     if self.failed:
       raise Refused(503, FAILED)
-    if self._places >= self.most:
-      retry = {'retry-after': str(self._retry)}
-      raise Refused(429, f'all {self.most} places are taken; try again in {self._retry} s', headers=retry)
+    self.places.check()
 
-  @contextlib.contextmanager
-  def place(self) -> Iterator[None]:
-    """For one request, from its preparation to its end; on the event loop. Raises as `check_room`."""
-    self.check_room()
-    self._places += 1
-    try:
-      yield
-    finally:
-      self._places -= 1
-
-  def submit(self, request: Request, loop: asyncio.AbstractEventLoop) -> Answering:
+  def submit(self, request: Request, loop: asyncio.AbstractEventLoop, place: Place) -> Answering:
     """From any thread. Raises DataError for a prompt that cannot be, Refused 503."""
-    answering = Answering(self.engine.submit(request), loop)
-    with self._wake:
+    laid, stream = self.engine.lay(request)
+    answering = Answering(stream, loop, place)
+    with self._wake:  # `_tell` comes after, so that it knows whatever the engine has finished
       if self.failed:
         raise Refused(503, FAILED)
+      self.engine.core.add(laid, stream)
       self._open.add(answering)
+      place.hold()
       self._wake.notify()
     return answering
 
@@ -122,11 +115,12 @@ class Worker:
           return
       try:
         self.engine.step()
+      except PromptFailed:
+        LOG.exception('a prompt failed')
       except Exception:
         LOG.exception('the engine failed')
         with self._wake:
-          alone = any(answering.stream.finish == 'failed' for answering in self._open)
-          self.failed = not alone  # a prompt that cannot be put into a slot does not hinder others
+          self.failed = True
       self._tell()
       if self.failed:
         return
@@ -134,14 +128,17 @@ class Worker:
   def _tell(self) -> None:
     with self._wake:
       told = list(self._open)
-      self._open -= {answering for answering in told if answering.stream.finish}
+      over = told if self.failed else [answering for answering in told if answering.stream.finish]
+      self._open.difference_update(over)
     now = time.monotonic()
     for answering in told:
-      if answering.stream.finish == 'failed':
-        answering.failed = FAILED_ALONE
-      elif self.failed and not answering.stream.finish:
+      if answering.stream.finish in ('', 'failed') and self.failed:
         answering.failed = FAILED
+      elif answering.stream.finish == 'failed':
+        answering.failed = FAILED_ALONE
       if answering.stream.ids and not answering.first:
         answering.first = now
       with contextlib.suppress(RuntimeError):  # its event loop has ended: nobody waits
         answering.loop.call_soon_threadsafe(answering.changed.set)
+    for answering in over:
+      answering.place.let_go()

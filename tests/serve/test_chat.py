@@ -137,7 +137,7 @@ def test_many_at_once_get_what_each_gets_alone(server, engine):
   for thread in threads:
     thread.join()
   assert told == alone
-  wait(lambda: server.service.worker.places == 0 and engine.core.active == 0)
+  wait(lambda: server.service.worker.places.taken == 0 and engine.core.active == 0)
 
 
 def test_models_and_health(server):

@@ -107,7 +107,7 @@ def check(server, count: int, seed: int) -> None:
   assert statuses[200] > count // 20 and statuses[422] > count // 20 and statuses[400] > count // 100, statuses
   assert server.ask().is_success
   assert httpx.get(f'{server.url}/health', trust_env=False).json() == dict(status='ok')
-  assert server.service.worker.places == 0
+  assert server.service.worker.places.taken == 0
 
 
 def test_300_requests(server):

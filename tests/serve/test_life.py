@@ -6,20 +6,18 @@ import contextlib
 import json
 import re
 import signal
-import socket
 import threading
 import time
 
 import httpx
 import pytest
-from serving import chat, data_uri, served, shows, wait
+from serving import PATH, chat, data_uri, send, served, shows, wait
 from tiny_run import COLORS, QUESTIONS, command, picture, trained
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.serve.run import KEY_VARIABLE, read_key
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
-PATH = '/v1/chat/completions'
 
 
 @contextlib.contextmanager
@@ -37,18 +35,6 @@ def slow_steps(engine, seconds=0.05):
     engine.core.programs.step = before
 
 
-def send(server, **fields) -> socket.socket:
-  """A request on a connection of its own, whose answer nobody has read."""
-  body = json.dumps(chat(**fields)).encode()
-  host, port = server.url.removeprefix('http://').split(':')
-  connection = socket.create_connection((host, int(port)))
-  head = (
-    f'POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n'
-  )
-  connection.sendall(head.encode() + body)
-  return connection
-
-
 @pytest.mark.parametrize('stream', [False, True], ids=['whole', 'streamed'])
 def test_a_client_that_leaves_frees_its_slot(server, engine, stream):
   """Four are answered and one waits; all leave long before the 100 tokens are said."""
@@ -60,32 +46,33 @@ def test_a_client_that_leaves_frees_its_slot(server, engine, stream):
     began = time.monotonic()
     for connection in connections:
       connection.close()
-    wait(lambda: engine.core.active == engine.core.waiting == server.service.worker.places == 0)
+    wait(lambda: engine.core.active == engine.core.waiting == server.service.worker.places.taken == 0)
     assert time.monotonic() - began < 2
   assert server.ask().is_success
 
 
 def test_a_client_that_leaves_while_its_prompt_is_prepared(server, engine, monkeypatch):
+  """Its place is taken until the thread that works for it has ended; what comes of that is nobody's."""
   began, goes_on = threading.Event(), threading.Event()
-  look = engine.look
+  look, laid = engine.core.look, []
 
-  def waiting(*arguments, **options):
+  def waiting(*arguments):
     began.set()
     goes_on.wait(30)
-    return look(*arguments, **options)
+    return look(*arguments)
 
-  monkeypatch.setattr(engine, 'look', waiting)
-  submitted = []
-  submit = engine.submit
-  monkeypatch.setattr(engine, 'submit', lambda request: submitted.append(submit(request)) or submitted[-1])
+  lay = engine.lay
+  monkeypatch.setattr(engine.core, 'look', waiting)
+  monkeypatch.setattr(engine, 'lay', lambda request: laid.append(lay(request)) or laid[-1])
   connection = send(server, content=shows(data_uri(picture('red', (5, 7)))), max_tokens=100)
   began.wait(30)
-  assert server.service.worker.places == 1
+  assert server.service.worker.places.taken == 1
   connection.close()
-  wait(lambda: server.service.worker.places == 0)
+  time.sleep(0.2)
+  assert server.service.worker.places.taken == 1
   goes_on.set()
-  wait(lambda: bool(submitted) and bool(submitted[0].finish))
-  assert submitted[0].finish == 'cancelled' and engine.core.active == 0
+  wait(lambda: server.service.worker.places.taken == 0)
+  assert not laid and engine.core.active == 0
 
 
 def test_an_engine_that_fails(engine, caplog):
@@ -119,7 +106,7 @@ def test_a_request_that_fails_alone(server, engine, monkeypatch, caplog):
     raise RuntimeError('secret of the host')
 
   with monkeypatch.context() as patch:
-    patch.setattr(engine, 'look', fails)
+    patch.setattr(engine.core, 'look', fails)
     failed = server.ask(content=shows(data_uri(picture('green', (3, 5)))))
   assert failed.status_code == 500 and 'secret' not in failed.text and 'secret of the host' in caplog.text
   assert failed.json()['error']['message'] == 'the server failed; its log says why'

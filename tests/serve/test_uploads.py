@@ -103,8 +103,8 @@ def test_what_is_kept_is_bounded(engine):
 
 def test_two_that_ask_at_once_look_once(engine, monkeypatch):
   looked = []
-  look = engine.look
-  monkeypatch.setattr(engine, 'look', lambda *a, **k: looked.append(1) or look(*a, **k))
+  look = engine.core.look
+  monkeypatch.setattr(engine.core, 'look', lambda keep: looked.append(1) or look(keep))
   looker, data = Looker(engine, cached=9, frames=64), png(images(40)[0])
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     found = list(pool.map(lambda _: looker.look(data, '<image>', 'image'), range(8)))
