@@ -30,6 +30,7 @@ SCRIPTS = (
   'compile_tpu',
   'preflight_table',
   'sweep',
+  'serve',
 )
 
 TRAIN = '--config=tests/tiny_run.py:{data}', '--workdir={tmp}/run'
@@ -214,6 +215,30 @@ MISTAKES |= {
     ['configs/ablations/table6.py', '--workdir={tmp}/sweep', '--set', 'model.dtyp=x'],
     "error: sweep: expected the path of a field; found 'model.dtyp'",
   ),
+}
+MISTAKES |= {
+  'serve: no run': (
+    'serve',
+    ['--checkpoint={tmp}/none', '--port=0'],
+    ('error: ', '{tmp}/none'),
+  ),
+  'serve: others reach it': (
+    'serve',
+    ['--checkpoint={tmp}/none', '--host=0.0.0.0', '--port=0'],
+    'error: serve: expected a key in --key_file or LLAVA_MINI_KEY where other machines reach the server; '
+    'found --host=0.0.0.0 without one',
+  ),
+  'serve: no key': (
+    'serve',
+    ['--checkpoint={tmp}/none', '--key_file={tmp}/bad.json/key'],
+    ("error: [Errno 20] Not a directory: '{tmp}/bad.json/key'",),
+  ),
+  'serve: no address': (
+    'serve',
+    ['--checkpoint={tmp}/none', '--port=70000'],
+    ('error: serve: expected an address that is free; found 127.0.0.1:70000: ',),
+  ),
+  'serve: no slots': ('serve', ['--checkpoint={tmp}/none', '--slots=0'], ('--slots',)),
 }
 GOOD = {
   'evaluate': (

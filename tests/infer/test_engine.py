@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import pytest
 from asking import alone, asked, images, loaded, question
 from tiny_run import make_dataset
@@ -11,6 +12,7 @@ from tiny_run import make_dataset
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.data.errors import DataError
 from llava_mini_jax.data.tokenizer import load_tokenizer
+from llava_mini_jax.infer.core import PromptFailed
 from llava_mini_jax.infer.engine import Engine, Request
 from llava_mini_jax.infer.sampling import Sampling
 from llava_mini_jax.sharding import MeshError, make_mesh
@@ -202,10 +204,50 @@ def test_a_request_that_fails_takes_no_other_with_it(engine, expected, monkeypat
   with monkeypatch.context() as patch:
     patch.setattr(engine.core.programs, 'see', lambda *_: (_ for _ in ()).throw(RuntimeError('out of memory')))
     broken = engine.submit(greedy(MIX[0]))
-    with pytest.raises(RuntimeError, match='out of memory'):
+    with pytest.raises(PromptFailed, match='prompt: out of memory'):
       engine.step()
   assert (broken.result().finish, broken.result().ids) == ('failed', [])
   assert other.result().ids == expected[1]
+
+
+@pytest.mark.parametrize('bad', [None, 1])
+def test_a_prefill_of_several_that_fails_is_tried_one_by_one(engine, monkeypatch, bad):
+  """Only the one at fault fails; if none does by itself, all are answered."""
+  texts = ['aa', 'bb', 'cc']
+  alone = [engine.generate([greedy(question(text))])[0].ids for text in texts]
+  prefill, groups = engine.core._prefill, []
+
+  def fails(group, *arguments):
+    groups.append([work.laid.name for work in group])
+    if len(group) > 1 or groups[-1] == [str(bad)]:
+      raise ValueError('no memory for them')
+    prefill(group, *arguments)
+
+  monkeypatch.setattr(engine.core, '_prefill', fails)
+  streams = [engine.submit(greedy(question(text, name=str(i)))) for i, text in enumerate(texts)]
+  while any(not stream.finish for stream in streams):
+    try:
+      engine.step()
+    except PromptFailed as error:
+      assert str(error) == f'{bad}: no memory for them'
+  assert groups == [['0', '1', '2'], ['0'], ['1'], ['2']]
+  assert [stream.ids for stream in streams] == [[] if i == bad else ids for i, ids in enumerate(alone)]
+  assert [stream.finish for stream in streams] == ['failed' if i == bad else 'length' for i in range(3)]
+
+
+def test_a_prefill_that_takes_the_slots_with_it(run, monkeypatch):
+  """Its programs write into the state that they are given: once that is gone, no prompt alone is to blame."""
+  engine = Engine(run, slots=2, max_length=64, visual_chunk=4)
+
+  def fails(params, state, *_):
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    raise ValueError('the device is lost')
+
+  monkeypatch.setattr(engine.core.programs, 'prefill', fails)
+  streams = [engine.submit(greedy(question(text))) for text in ('aa', 'bb')]
+  with pytest.raises(ValueError, match='the device is lost'):
+    engine.step()
+  assert [stream.finish for stream in streams] == ['failed'] * 2
 
 
 def test_what_does_not_fit_is_refused(engine, run):

@@ -52,6 +52,15 @@ def reference(logits: np.ndarray, used: np.ndarray, rules: Sampling) -> np.ndarr
   return found
 
 
+def test_a_temperature_too_low_to_divide_by_is_greedy():
+  (logits, used), chosen = random_case(), jax.jit(choose)
+  for temperature in (9.9e-7, 1e-30, 1e-38, 1e-40, 1e-300):
+    said, controls = np.zeros(len(RULES), np.int32), Controls.of([Sampling(temperature=temperature)] * len(RULES))
+    np.testing.assert_array_equal(chosen(logits, np.zeros_like(used), said, controls), logits.argmax(-1))
+    assert not controls.temperature.any()
+  assert Controls.of([Sampling(temperature=1e-6)]).temperature[0] > 0
+
+
 def test_draws_have_the_probabilities_of_the_reference():
   """Of 4,000 draws per rule; none of a token that the rules leave out."""
   logits, used = random_case()

@@ -53,6 +53,7 @@ def test_a_stream_tells_the_same_in_pieces(server, engine):
   assert ''.join(chunk.choices[0].delta.content for chunk in said) == alone.text
   assert len(said) > 3 and said[0].choices[0].delta.role == 'assistant'
   assert last.choices[0].finish_reason == alone.finish and not last.choices[0].delta.content
+  assert all(chunk.usage is None and 'usage' in chunk.model_fields_set for chunk in (*said, last))
   assert usage.choices == [] and usage.usage.completion_tokens == len(alone.ids)
   told = [token.logprob for chunk in said if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
   np.testing.assert_allclose(told, alone.logprobs, rtol=1e-4, atol=1e-5)
@@ -60,7 +61,7 @@ def test_a_stream_tells_the_same_in_pieces(server, engine):
 
 def test_without_stream_options_no_usage_is_told(server):
   chunks = list(create(server, stream=True))
-  assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+  assert all('usage' not in chunk.model_fields_set and chunk.choices for chunk in chunks)
 
 
 def test_logprobs(server, engine):
@@ -113,6 +114,38 @@ def test_turns_and_a_system_text(server, engine):
     assert told.choices[0].message.content == alone.text
 
 
+def test_an_answer_is_sent_back_as_it_came(server, engine):
+  """As the client's object, and with every field that such an object can have."""
+  question = dict(role='user', content='hello')
+  message = create(server, messages=[question]).choices[0].message
+  turns = [question, dict(role='assistant', content=message.content), dict(role='user', content='why?')]
+  alone = engine.generate([Request(Prompt(turns), Sampling(max_new_tokens=TOKENS))])[0]
+  empty = dict(annotations=[], refusal='', tool_calls=[])
+  for sent in (message, message.model_dump(), {**message.model_dump(), **empty}):
+    told = create(server, messages=[question, sent, turns[2]])
+    assert told.choices[0].message.content == alone.text
+  assert set(message.model_dump()) >= {'refusal', 'annotations', 'audio', 'function_call', 'tool_calls'}
+
+
+def test_a_conversation_as_documented(server):
+  messages = []
+  for text in ('hello', 'why?', 'and then?'):
+    messages.append(dict(role='user', content=text))
+    messages.append(create(server, messages=messages).choices[0].message)
+  assert len(messages) == 6 and messages[-1].role == 'assistant'
+
+
+def test_neutral_values_change_nothing(server):
+  said = create(server).choices[0].message.content
+  assert create(server, tool_choice='none', parallel_tool_calls=True, n=1).choices[0].message.content == said
+
+
+@pytest.mark.parametrize(('seed', 'same'), [(-1, 2**32 - 1), (-(2**63), 0), (2**63 - 1, 2**32 - 1), (2**32 + 5, 5)])
+def test_seeds_of_64_bits(server, engine, seed, same):
+  drawn = create(server, temperature=1.5, seed=seed).choices[0].message.content
+  assert drawn == expected(engine, 'hello', temperature=1.5, seed=same).text
+
+
 def test_a_video(server, engine):
   data = clip('mp4', 48)
   frames = engine.encoder.media.read(data, '<video>', 'clip')
@@ -143,6 +176,7 @@ def test_many_at_once_get_what_each_gets_alone(server, engine):
 def test_models_and_health(server):
   (model,) = server.openai.models.list().data
   assert (model.id, model.object, model.compressor) == (NAME, 'model', 'query')
+  assert server.openai.models.retrieve(NAME) == model
   assert server.http.get('/health').json() == dict(status='ok')
 
 

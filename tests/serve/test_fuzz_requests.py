@@ -40,6 +40,8 @@ ODD = (
   2**63,
   '<image>',
 )
+ORIGINS = ('http://[', 'null', '', 'http://a b', 'http://:x', '//', 'http://[::1', '\xff')
+CHARSETS = ('undefined', 'idna', 'punycode', 'utf-7', 'utf-16', 'hex', 'rot13', 'unicode_escape', '"', 'a' * 300)
 TYPES = ('application/json',) * 12 + ('text/plain', '', 'multipart/form-data; boundary=x')
 SLOWEST = 10.0  # seconds; what hangs takes a minute
 
@@ -84,6 +86,15 @@ def mutated(rng: random.Random) -> bytes:
   return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
 
 
+def upload(rng: random.Random) -> tuple[bytes, str]:
+  """A body and its content type: parts whose names are in some charset, damaged or not."""
+  name = bytes(rng.randrange(32, 256) for _ in range(rng.randrange(9))).replace(b'"', b'')
+  head = b'Content-Disposition: form-data; name="file"; filename="' + name + b'"\r\n\r\n'
+  data = b'--x\r\n' + head + b'xyz\r\n--x--\r\n'
+  kept = data if rng.random() < 0.5 else data[: rng.randrange(len(data))]
+  return kept, f'multipart/form-data; boundary=x; charset={rng.choice(CHARSETS)}'
+
+
 def fuzz(server, count: int, seed: int) -> dict[int, int]:
   """How often each status came."""
   rng, statuses = random.Random(seed), {}
@@ -91,6 +102,10 @@ def fuzz(server, count: int, seed: int) -> dict[int, int]:
     method = rng.choice(('POST',) * 12 + ('GET', 'PUT', 'DELETE'))
     headers = {'content-type': rng.choice(TYPES)}
     body, path, began = mutated(rng), rng.choice(PATHS), time.monotonic()
+    if path == '/v1/files':
+      body, headers['content-type'] = upload(rng)
+    if rng.random() < 0.05:
+      headers['origin'] = rng.choice(ORIGINS).encode('latin-1')
     reply = server.http.request(method, path, content=body, headers=headers)
     assert reply.status_code < 500, (i, body[:2000], reply.text)
     assert time.monotonic() - began < SLOWEST, (i, body[:2000])

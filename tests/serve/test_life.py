@@ -6,16 +6,20 @@ import contextlib
 import json
 import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
 import httpx
 import pytest
 from serving import PATH, chat, data_uri, send, served, shows, wait
-from tiny_run import COLORS, QUESTIONS, command, picture, trained
+from tiny_run import COLORS, QUESTIONS, REPOSITORY, command, picture, trained
 
 from llava_mini_jax.config import ConfigError
-from llava_mini_jax.serve.run import KEY_VARIABLE, read_key
+from llava_mini_jax.serve.limits import Limits
+from llava_mini_jax.serve.run import KEY_VARIABLE, announce, host_names, listen, read_key
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -133,6 +137,113 @@ def test_a_prompt_that_cannot_be_put_into_a_slot(server, engine, monkeypatch, ca
   assert server.ask().is_success and server.http.get('/health').is_success
 
 
+def test_a_prompt_that_fails_at_once(server, engine, monkeypatch, caplog):
+  """Before the thread that brought it goes on: others are answered all the same."""
+  before, add = engine.core.programs.prefill, engine.core.add
+
+  def slow_return(*arguments):
+    add(*arguments)
+    time.sleep(0.2)
+
+  def fails(*arguments):
+    raise RuntimeError('secret of the devices')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(engine.core, 'add', slow_return)
+    patch.setattr(engine.core.programs, 'prefill', fails)
+    failed = server.ask()
+  assert engine.core.programs.prefill is before
+  assert (failed.status_code, failed.json()['error']['message']) == (500, 'the server failed; its log says why')
+  assert server.ask().is_success and not server.service.worker.failed
+  wait(lambda: server.service.worker.places.taken == 0)
+
+
+def test_neighbours_of_a_prompt_that_fails_are_answered(server, engine, monkeypatch, caplog):
+  texts, told = ('aa', 'bb', 'cc'), {}
+  prefill = engine.core._prefill
+
+  def fails(group, *arguments):
+    if any('aa' in engine.run.tokenizer.decode(work.laid.tokens) for work in group):
+      raise RuntimeError('one of them')
+    prefill(group, *arguments)
+
+  monkeypatch.setattr(engine.core, '_prefill', fails)
+
+  def ask(text):
+    told[text] = server.ask(content=text).status_code
+
+  with slow_steps(engine, 0.3):
+    first = send(server, content='other', max_tokens=3)
+    wait(lambda: engine.core.active == 1)
+    threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(60)
+  first.close()
+  assert told == dict(aa=500, bb=200, cc=200) and not server.service.worker.failed
+
+
+def test_a_server_that_is_told_to_end_does_not_wait_for_threads(engine, monkeypatch):
+  """One that cannot be stopped looks at an image, and its client is still there."""
+  goes_on, began, look = threading.Event(), threading.Event(), engine.core.look
+  monkeypatch.setattr(engine.core, 'look', lambda keep: (began.set(), goes_on.wait(60), look(keep))[2])
+  limits = Limits(drain_seconds=1)
+  try:
+    with served(engine, limits=limits) as server:
+      connection = send(server, content=shows(data_uri(picture('blue', (4, 9)))))
+      began.wait(30)
+      ended = time.monotonic()
+    assert time.monotonic() - ended < limits.drain_seconds + 10
+    assert server.service.working and connection.recv(12) in (b'', b'HTTP/1.1 500')
+  finally:
+    goes_on.set()
+  wait(lambda: not server.service.working)
+
+
+ENDS = """
+import os, signal, sys, threading, time, types
+import uvicorn
+from llava_mini_jax.serve import run
+from llava_mini_jax.serve.limits import Limits
+
+worker = types.SimpleNamespace(places=types.SimpleNamespace(most=1))
+class App:
+  state = types.SimpleNamespace(service=types.SimpleNamespace(worker=worker, working=True))
+  async def __call__(self, scope, receive, send):
+    await receive()
+    await send(dict(type='lifespan.startup.complete'))
+    await receive()
+    await send(dict(type='lifespan.shutdown.complete'))
+threading.Thread(target=time.sleep, args=(60,)).start()  # work that Python would wait for
+serve = uvicorn.Server.serve
+async def told(self, sockets):  # before uvicorn listens for signals
+  os.kill(os.getpid(), signal.SIGTERM)
+  await serve(self, sockets)
+uvicorn.Server.serve = told
+bound = run.listen('127.0.0.1', 0)
+run.announce(bound, 'x')
+print('ends', flush=True)
+run.serve(App(), bound, Limits(drain_seconds=1))
+"""
+
+
+def test_a_signal_before_the_server_listens_for_it_ends_it():
+  """And so does the process, whatever threads do."""
+  process = subprocess.Popen([sys.executable, '-c', ENDS], cwd=REPOSITORY, stdout=subprocess.PIPE)
+  assert process.stdout.readline() == b'ends\n'
+  assert process.wait(15) == 0
+
+
+def test_clients_can_connect_once_it_says_so():
+  bound = listen('127.0.0.1', 0)
+  with pytest.raises(ConnectionRefusedError):
+    socket.create_connection(bound.getsockname(), timeout=5)
+  assert announce(bound, 'x') == f'serving x at http://127.0.0.1:{bound.getsockname()[1]}'
+  socket.create_connection(bound.getsockname(), timeout=5).close()
+  bound.close()
+
+
 def test_where_a_key_comes_from(tmp_path, monkeypatch):
   monkeypatch.delenv(KEY_VARIABLE, raising=False)
   assert read_key(None) == ''
@@ -144,6 +255,22 @@ def test_where_a_key_comes_from(tmp_path, monkeypatch):
   file.write_text('\n')
   with pytest.raises(ConfigError, match='key_file: expected a key in .*; found none'):
     read_key(str(file))
+  file.write_text('schl\u00fcssel', encoding='utf-8')
+  with pytest.raises(ConfigError, match='key: expected printable ASCII in .*key; found something else'):
+    read_key(str(file))
+
+
+def test_who_may_be_asked_without_a_key():
+  for host in ('127.0.0.1', 'localhost', '::1', '127.8.0.2'):
+    assert set(host_names(host, '')) == {'127.0.0.1', 'localhost', '::1', host}
+  for host in ('0.0.0.0', '::', '10.1.2.3', 'example.org', ''):
+    told = (
+      f'serve: expected a key in --key_file or LLAVA_MINI_KEY where .* reach the server; found --host={host} without'
+    )
+    with pytest.raises(ConfigError, match=told):
+      host_names(host, '')
+    assert host_names(host, 'key') == ()
+  assert '0.0.0.0' in host_names('0.0.0.0', 'key', ['my.site'])
 
 
 @pytest.fixture(scope='module')

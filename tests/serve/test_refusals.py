@@ -100,6 +100,17 @@ REFUSED = {
   'stream_options': (dict(stream_options=dict(include_usage=True)), 422, 'stream_options: expected stream to be true'),
   'tools': (dict(tools=[dict(type='function')]), 422, 'tools: list should have at most 0 items'),
   'penalty': (dict(frequency_penalty=1.0), 422, 'frequency_penalty: input should be less than or equal to 0'),
+  'tool_choice': (dict(tool_choice='auto'), 422, "tool_choice: input should be 'none'; found 'auto'"),
+  'tool calls of an answer': (
+    dict(messages=[dict(role='assistant', content='a', tool_calls=[1]), dict(role='user', content='b')]),
+    422,
+    'messages.0.tool_calls: list should have at most 0 items',
+  ),
+  'refusal of an answer': (
+    dict(messages=[dict(role='assistant', content='a', refusal='no'), dict(role='user', content='b')]),
+    422,
+    "messages.0.refusal: input should be ''; found 'no'",
+  ),
   'unknown field': (dict(max_new_tokens=3), 422, 'max_new_tokens: extra inputs are not permitted'),
 }
 
@@ -162,6 +173,8 @@ def test_paths_and_methods(server):
     ('GET', '/docs', 404),
     ('GET', '/openapi.json', 404),
     ('GET', '/../etc', 404),
+    ('GET', '/v1/models/', 404),  # and no redirect to what the client said the host was
+    ('GET', '/v1/models/another', 404),
   ):
     response = server.http.request(method, path)
     assert response.status_code == status and told(response)
@@ -227,11 +240,43 @@ def test_a_key(engine):
 def test_pages_of_other_sites_are_kept_out(engine):
   """A browser sends their origin; a name that was made to point here is none of the server's."""
   with served(engine, hosts=('127.0.0.1', 'localhost')) as server:
+    port = server.url.rpartition(':')[2]
     assert server.http.post(PATH, json=chat(), headers=dict(origin=server.url)).is_success
-    response = server.http.post(PATH, json=chat(), headers=dict(origin='http://evil.example'))
-    assert (response.status_code, told(response)) == (403, "origin: expected this server; found 'http://evil.example'")
-    response = server.http.get('/health', headers=dict(host='evil.example'))
+    own = dict(host=f'LocalHost:{port}', origin=f'http://LOCALHOST:{port}')
+    assert server.http.post(PATH, json=chat(), headers=own).is_success
+    for origin in ('http://evil.example', f'http://127.0.0.1:{int(port) + 1}', 'null', '', 'http://[', 'http://a]b'):
+      response = server.http.post(PATH, json=chat(), headers=dict(origin=origin))
+      assert (response.status_code, told(response)) == (403, f'origin: expected this server; found {origin!r}')
+    response = server.http.get('/v1/models', headers=dict(host='evil.example'))
     assert response.status_code == 403 and 'host: expected one of 127.0.0.1, localhost' in told(response)
+
+
+def test_behind_a_proxy(engine):
+  """Pages come from the proxy's name, whatever the proxy calls the server."""
+  with served(engine, hosts=('127.0.0.1',), server_names=('My.Site',)) as server:
+    own = server.url.removeprefix('http://')
+    for host in (own, 'my.site', 'MY.site:443'):
+      headers = dict(host=host, origin='https://my.site')
+      assert server.http.post(PATH, json=chat(), headers=headers).is_success
+    for origin in ('https://evil.example', 'https://my.site.evil.example', 'https://evil.example/my.site'):
+      assert server.http.post(PATH, json=chat(), headers=dict(host=own, origin=origin)).status_code == 403
+    assert server.http.get('/v1/models', headers=dict(host='evil.example')).status_code == 403
+    assert server.http.get('/health', headers=dict(host='10.0.0.7')).is_success  # as an orchestrator asks
+
+
+@pytest.mark.parametrize('charset', ['undefined', 'idna', 'punycode', 'utf-16', 'hex', 'no such', '"'])
+def test_an_upload_in_any_charset(server, charset):
+  part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="\xff\xfeab"\r\n\r\nxyz\r\n--x--\r\n'
+  headers = {'content-type': f'multipart/form-data; boundary=x; charset={charset}'}
+  response = server.http.post('/v1/files', content=part, headers=headers)
+  assert response.status_code in (200, 400, 422) and (response.is_success or told(response))
+  if charset == 'undefined':
+    assert told(response) == 'content-type: expected a charset in which the names of the parts are written'
+
+
+def test_a_name_of_a_file_is_not_kept_at_any_length(server):
+  reply = server.http.post('/v1/files', files=dict(file=('a' * 5000, b'named at length')))
+  assert reply.json()['filename'] == 'a' * 255
 
 
 def test_overload_is_told_and_passes(engine):
