@@ -3,6 +3,7 @@
 python launch/serve.py --checkpoint=runs/quickstart
 python launch/serve.py --checkpoint=runs/released --dtype=bfloat16 --quantize=int8 --slots=16 --max_length=4096
 LLAVA_MINI_KEY=... python launch/serve.py --checkpoint=runs/mine --host=0.0.0.0 --port=8080
+python launch/serve.py --checkpoint=runs/mine --server_name=my.site
 curl, the openai client, limits and metrics: docs/serving.md
 """
 

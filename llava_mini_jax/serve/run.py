@@ -1,6 +1,7 @@
 """The process that serves: a socket, signals, and the order in which things end.
 
-SIGTERM or SIGINT: no connection is accepted any more, open answers are finished, the process ends with status 0.
+SIGTERM or SIGINT: no connection is accepted any more, open answers are finished, the process ends with status 0, also
+where a thread does not.
 """
 
 from __future__ import annotations
