@@ -5,7 +5,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VIDEO = ['av>=18.1']
-SERVE = ['fastapi>=0.115', 'httpx>=0.27', 'prometheus_client>=0.20', 'python-multipart>=0.0.18', 'uvicorn>=0.30']
+SERVE = [
+  'fastapi>=0.115',
+  'httpx>=0.27',
+  'prometheus_client>=0.20',
+  'pydantic>=2.8',
+  'python-multipart>=0.0.18',
+  'uvicorn>=0.30',
+]
 TEST = [
   *VIDEO,
   *SERVE,

@@ -41,7 +41,7 @@ def prepare(chat: ChatRequest, engine: Engine, files: Files, looker: Looker, lim
     reused += len(visuals) * known
     if (found := sum(map(len, media))) > limits.frames:
       raise Refused(422, f'messages: expected at most {limits.frames} images and frames; found {found}')
-  watch.spend('messages')
+  watch.check()
   prompt = Prompt(turns, media, 'messages')
   if new_tokens is None:
     new_tokens = max(1, min(DEFAULT_TOKENS, limits.new_tokens, _room(engine, prompt)))

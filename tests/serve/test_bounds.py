@@ -24,6 +24,8 @@ from llava_mini_jax.serve.refusal import Refused
 from llava_mini_jax.serve.replies import Reply
 from llava_mini_jax.serve.run import announce, config, listen
 from llava_mini_jax.serve.schema import MAX_FIELDS, ChatRequest, parse
+from llava_mini_jax.serve.threads import Left
+from llava_mini_jax.serve.watch import Watch
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 MANY = {str(i): i for i in range(10_000)}
@@ -105,6 +107,23 @@ def test_a_budget_is_for_all_media_of_a_request(engine):
     sources = [data_uri(clip('mp4', n), 'video/mp4') for n in (30, 31)]
     message = server.ask(content=shows(*sources, video=True)).json()['error']['message']
     assert message.startswith('messages.0.content.1.video_url.url: expected at most')
+
+
+def test_the_time_is_that_of_decoding():
+  """Not of what is done with one medium before the next is read."""
+  left = threading.Event()
+  watch = Watch(Limits(decode_seconds=0.1), left)
+  watch.of('a').spend(1)
+  time.sleep(0.2)
+  bounds = watch.of('b')
+  bounds.spend(1)
+  time.sleep(0.2)
+  with pytest.raises(Refused, match='b: expected media that are decoded within 0.1 s; found more'):
+    bounds.spend(0)
+  left.set()
+  for check in (watch.check, lambda: bounds.spend(0)):
+    with pytest.raises(Left):
+      check()
 
 
 def test_a_moving_picture_is_measured_before_it_is_decoded(server):
