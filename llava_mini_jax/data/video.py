@@ -1,20 +1,16 @@
 """Video -> frames, streamed: memory does not grow with its length.
 
-Enters: an encoded video as bytes or a file, MP4/MOV, Matroska/WebM, AVI or GIF
-(`containers.py`), decoded by PyAV. Leaves: the frames that a FrameSampler asks
-for, each uint8[h w 3] RGB and upright; `squash` gives them the shape that the
-released package gives them.
+Enters: an encoded video as bytes or a file, MP4/MOV, Matroska/WebM, AVI or GIF (`containers.py`), decoded by PyAV.
+Leaves: the frames that a FrameSampler asks for, each uint8[h w 3] RGB and upright; `squash` gives them the shape that
+the released package gives them.
 
-Frames are chosen by their timestamps, as the paper says (1 fps, Sec. 4.2), or by
-the index rule of the released package (golden `frames.json`). All are decoded in
-order and on one thread; a rule that needs to know how long the video is takes a
-first pass for it. Only the first video stream is read, cover art apart. Alpha is
-dropped, pixels are taken as square, and a flip or turn that the file asks for
-is done, which the released loader leaves out.
+Frames are chosen by their timestamps, as the paper says (1 fps, Sec. 4.2), or by the index rule of the released package
+(golden `frames.json`). All are decoded in order and on one thread; a rule that needs to know how long the video is
+takes a first pass for it. Only the first video stream is read, cover art apart. Alpha is dropped, pixels are taken as
+square, and a flip or turn that the file asks for is done, which the released loader leaves out.
 
-Damage that the container or the decoder notices raises. Damage that still
-decodes is not seen, as in images; nor is a fragmented MP4 or a live recording
-cut exactly between two of its parts.
+Damage that the container or the decoder notices raises. Damage that still decodes is not seen, as in images; nor is a
+fragmented MP4 or a live recording cut exactly between two of its parts.
 """
 
 from __future__ import annotations
@@ -95,12 +91,16 @@ class Bounds:
   """What decoding may take, where a video is a stranger's.
 
   Attributes:
-    pixels: most of a frame, looked up before it is decoded.
+    pixels: most of a frame, looked up before it is decoded; 0 = MAX_PIXELS, and never more.
     spend: told the pixels of each decoded frame, and 0 before each packet; what it raises ends the decoding.
   """
 
-  pixels: int = MAX_PIXELS
+  pixels: int = 0
   spend: Callable[[int], None] = lambda pixels: None
+
+  @property
+  def most(self) -> int:
+    return min(self.pixels or MAX_PIXELS, MAX_PIXELS)
 
 
 UNBOUND = Bounds()
@@ -142,7 +142,7 @@ def read_frames(
     ConfigError: PyAV is not installed.
     DataError: E_VIDEO_MISSING no readable file; E_VIDEO_FORMAT not a video of a known container, or without a video
       stream that can be decoded; E_VIDEO_TRUNCATED the data end early or are damaged; E_VIDEO_EMPTY no frame;
-      E_VIDEO_TOO_LARGE over MAX_BYTES, MAX_SECONDS or `bounds.pixels`. In fps mode frames before the damage come first.
+      E_VIDEO_TOO_LARGE over MAX_BYTES, MAX_SECONDS or `bounds.most`. In fps mode frames before the damage come first.
   """
   length = None
   if sampler.rule == 'released' or sampler.count or sampler.max_frames:
@@ -210,7 +210,7 @@ def _opened(source: bytes | Path, where: str, bounds: Bounds = UNBOUND) -> Itera
   with _file(source, where) as file:
     demuxer = demuxer_of(file, where)
     file.seek(0)
-    limits = {'max_pixels': str(bounds.pixels)}
+    limits = {'max_pixels': str(bounds.most)}
     options = limits | {'protocol_whitelist': 'none'}
     # metadata that is no text is of no interest; from PyAV 19 on it is decoded when it is looked up
     lenient = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
@@ -277,8 +277,8 @@ def _video_stream(container: Any, where: str, bounds: Bounds) -> Any:
   if stream.duration is not None and stream.duration * stream.time_base > MAX_SECONDS:
     raise _too_large(where, f'{MAX_SECONDS} seconds', f'{float(stream.duration * stream.time_base):g}')
   width, height = stream.codec_context.width, stream.codec_context.height
-  if width * height > bounds.pixels:
-    raise _too_large(where, f'{bounds.pixels} pixels a frame', f'{width}x{height}')
+  if width * height > bounds.most:
+    raise _too_large(where, f'{bounds.most} pixels a frame', f'{width}x{height}')
   return stream
 
 
@@ -323,7 +323,7 @@ def _decoded(container: Any, stream: Any, where: str, bounds: Bounds) -> Iterato
         number += 1
   except av.FFmpegError as error:
     if isinstance(error, av.ArgumentError) and stream.codec_context.width == 0:  # so decoders refuse a size
-      raise _too_large(where, f'{bounds.pixels} pixels a frame', f'more {last}') from error
+      raise _too_large(where, f'{bounds.most} pixels a frame', f'more {last}') from error
     raise DataError('E_VIDEO_TRUNCATED', where, f'expected a whole video; damaged {last}: {error.strerror}') from error
 
 

@@ -117,7 +117,7 @@ def test_missing_and_falling_timestamps(monkeypatch):
     def to_ndarray(self, format):
       return numbered(self.index)
 
-  monkeypatch.setattr(video, '_decoded', lambda container, stream, where: map(Frame, range(len(times))))
+  monkeypatch.setattr(video, '_decoded', lambda container, stream, where, bounds: map(Frame, range(len(times))))
   data = clip('mkv', 1)
   assert numbers(data, fps=25) == [0, 1, 2, 3, 4, 5]
   assert check_video(data, 'here').seconds == 0.24
