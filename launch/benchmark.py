@@ -24,8 +24,17 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from llava_mini_jax.analyze import convert_memory, packing_gain, video_memory
-from llava_mini_jax.benchmark import asking, few_bits, input_pipeline, scaling, sessions, train_step
+from llava_mini_jax.benchmark import (
+  asking,
+  convert_memory,
+  few_bits,
+  input_pipeline,
+  packing_gain,
+  scaling,
+  sessions,
+  train_step,
+  video_memory,
+)
 from llava_mini_jax.cli import integers, launch
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig, require_choice
 from llava_mini_jax.experiment import Experiment

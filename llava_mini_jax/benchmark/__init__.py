@@ -1,1 +1,1 @@
-"""Measurements against the clock: the training step beside torch, over devices, and the input pipeline."""
+"""Measurements: training and asking beside torch and LLaVA-v1.5, devices, input, sessions, memory, a loaded server."""

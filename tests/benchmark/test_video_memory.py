@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from small_model import small_config
 
-from llava_mini_jax.analyze.video_memory import describe, memory_by_frames, video_row
+from llava_mini_jax.benchmark.video_memory import describe, memory_by_frames, video_row
 
 FRAMES = (16, 256)
 

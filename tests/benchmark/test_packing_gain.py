@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llava_mini_jax.analyze.packing_gain import assumed_sizes, describe, gains
+from llava_mini_jax.benchmark.packing_gain import assumed_sizes, describe, gains
 from llava_mini_jax.data.packing import plan
 
 
