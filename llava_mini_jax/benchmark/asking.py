@@ -23,7 +23,7 @@ from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionCo
 from llava_mini_jax.data.tokenizer import train_tokenizer
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 from llava_mini_jax.infer.engine import Engine, Request
-from llava_mini_jax.infer.load import Loaded, slim
+from llava_mini_jax.infer.load import Loaded, slimmed
 from llava_mini_jax.infer.prompts import Prompt
 from llava_mini_jax.infer.sampling import Sampling
 from llava_mini_jax.models.llava_mini import build
@@ -87,11 +87,11 @@ def random_run(model: LlavaMiniConfig, mesh: Mesh, *, quantize: str = '', seed: 
   @functools.partial(jax.jit, out_shardings={path: leaf.sharding for path, leaf in leaves.items()})
   def draw(key):
     made = flatten(nnx.to_pure_dict(nnx.split(build(model, key))[1]))
-    return {path: slim(path, value, dtype) for path, value in made.items()}
+    return {path: slimmed(path, value, dtype) for path, value in made.items()}
 
   with use_mesh(mesh):
     params = draw(jax.random.key(seed))
-  params = {path: slim(path, value, dtype, quantize) for path, value in params.items()}
+  params = {path: slimmed(path, value, dtype, quantize) for path, value in params.items()}
   tokenizer = train_tokenizer([QUESTION], min(512, model.decoder.vocab_size))
   experiment = Experiment(model, DataConfig(dataset='none', template='qa'), TrainConfig())
   return Loaded(experiment, tokenizer, graphdef, unflatten(params), mesh, 0)

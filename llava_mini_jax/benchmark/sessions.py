@@ -70,7 +70,7 @@ def _flops(model: LlavaMiniConfig, kind: str, keep: str, text: int) -> tuple[flo
   whole = prompt_flops(model, text, **sizes)
   if keep == 'features':
     return whole.total, whole.total - whole.vision
-  return whole.total, later_question_flops(model, text, context=0, **sizes).prefusion + whole.decoder
+  return whole.total, later_question_flops(model, text, earlier=0, **sizes).prefusion + whole.decoder
 
 
 @dataclasses.dataclass(frozen=True)

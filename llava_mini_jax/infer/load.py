@@ -89,12 +89,12 @@ def load_run(
     params = stored.load(leaves)
   else:  # one by one: all of them may not fit
     dtype = jnp.dtype(experiment.model.dtype if slim else 'float32')
-    params = {path: slim(path, stored.load({path: leaf})[path], dtype, quantize) for path, leaf in leaves.items()}
+    params = {path: slimmed(path, stored.load({path: leaf})[path], dtype, quantize) for path, leaf in leaves.items()}
   tokenizer = load_tokenizer(workdir / 'tokenizer')
   return Loaded(experiment, tokenizer, graphdef, unflatten(params), mesh, step or 0, tuple(changes))
 
 
-def slim(path: str, parameter: jax.Array, dtype: jnp.dtype, quantize: str = '') -> Any:
+def slimmed(path: str, parameter: jax.Array, dtype: jnp.dtype, quantize: str = '') -> Any:
   """A parameter as it is kept: in few bits, in the dtype that it is computed with, or as it is."""
   if quantize and re.fullmatch(_QUANTIZABLE, path):
     return in_few_bits(path, parameter, quantize)

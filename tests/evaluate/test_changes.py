@@ -14,7 +14,7 @@ from flax import traverse_util
 from small_model import random_params
 from tiny_run import experiment, make_dataset
 
-from llava_mini_jax.config import ConfigError
+from llava_mini_jax.config import CompressorConfig, ConfigError
 from llava_mini_jax.convert.run_weights import write_run
 from llava_mini_jax.convert.tensor_writer import Planned
 from llava_mini_jax.evaluate.run import evaluate
@@ -51,6 +51,10 @@ OTHER = {  # a value that is not the run's, as it is typed and as it is meant
 ADAPTED = dataclasses.replace(
   BASE, train=dataclasses.replace(BASE.train, lora_rank=2, lora_targets=('decoder/layers/.*_proj',))
 )
+ELASTIC = dataclasses.replace(
+  BASE, model=dataclasses.replace(BASE.model, compressor=CompressorConfig(kind='mqt', grid=4, elastic=True))
+)
+OF = {'train.init_from': ADAPTED, 'model.compressor.keep': ELASTIC}  # who has the field
 
 
 @pytest.fixture(scope='module')
@@ -79,12 +83,12 @@ def flat(config: Experiment) -> dict[str, object]:
 @pytest.mark.parametrize('name', CHANGEABLE)
 def test_one_field_changes_and_no_parameter(name):
   typed, meant = OTHER[name]
-  run = ADAPTED if name == 'train.init_from' else BASE
+  run = OF.get(name, BASE)
   changed = change_experiment(run, [f'{name}={typed}'])
   before, after = flat(run), flat(changed)
   assert after == before | {name: meant} and before[name] != meant
   assert type(after[name]) is type(meant)
-  assert parameter_shapes(changed.model) == parameter_shapes(BASE.model)
+  assert parameter_shapes(changed.model) == parameter_shapes(run.model)
 
 
 def test_several_changes():
