@@ -96,6 +96,8 @@ def video_sessions(size: str, frames: Sequence[int], *, chunk: int = 16, dtype: 
   for count in sorted(frames):
     engine = Engine(run, slots=1, max_length=count + 128, visual_chunk=chunk)
     noise = (np.random.default_rng(i).integers(0, 256, (side, side, 3), np.uint8) for i in range(count))
+    for few in {min(chunk, count), count % chunk or chunk}:  # compiles
+      engine.look(np.zeros((few, side, side, 3), np.uint8), keep='features')
     began = time.perf_counter()
     video = engine.look(noise, keep='features')
     shown = time.perf_counter() - began

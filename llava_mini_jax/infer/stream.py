@@ -7,6 +7,7 @@ what may become a stop string wait for the next token.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from llava_mini_jax.infer.sampling import Sampling
@@ -44,9 +45,26 @@ class Stream:
     self.ids: list[int] = []
     self.logprobs: list[float] = []
     self.top_logprobs: list[list[tuple[int, float]]] = []
-    self.text = ''  # that can be told
     self.finish = ''
     self.cancelled = False
+    self._lock = threading.Lock()  # one thread works the engine, another may read
+    self._count = 0  # of the ids, those that are text: not the one that ended it
+    self._whole, self._from, self._upto = '', 0, 0  # text of the first `_upto` ids; where decoding what follows begins
+    self._told = ''
+    self._cut: str | None = None  # all of the text, where a stop string ended it
+
+  @property
+  def text(self) -> str:
+    """What can be told; decoded when it is asked for, and then the new tokens alone."""
+    with self._lock:
+      if self._cut is not None:
+        return self._cut
+      text = self._decoded()
+      if self.finish in ('stop', 'length'):
+        return text.rstrip()
+      if not text.endswith('\ufffd'):
+        self._told = text[: len(text) - self._unsure(text)].rstrip()
+      return self._told
 
   def take(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> bool:
     """One more token; whether the answer has ended."""
@@ -54,15 +72,15 @@ class Stream:
     self.logprobs.append(logprob)
     self.top_logprobs.append(list(top[: self.sampling.top_logprobs]))
     ended = token in self._end
-    text = self._decode(self.ids[:-1] if ended else self.ids).lstrip()
-    found = [at for at in map(text.find, self.sampling.stop) if at >= 0]
-    if ended or found:
-      return self._finish('stop', text[: min(found, default=len(text))])
-    if len(self.ids) == self.sampling.max_new_tokens:
-      return self._finish('length', text)
-    if not text.endswith('\ufffd'):
-      self.text = text[: len(text) - self._unsure(text)].rstrip()
-    return False
+    self._count += not ended
+    if self.sampling.stop:
+      with self._lock:
+        text = self._decoded()
+        if found := [at for at in map(text.find, self.sampling.stop) if at >= 0]:
+          self._cut, ended = text[: min(found)].rstrip(), True
+    if ended or len(self.ids) == self.sampling.max_new_tokens:
+      self.finish = 'stop' if ended else 'length'  # last: readers look at it first
+    return bool(self.finish)
 
   def cancel(self) -> None:
     """Its slot is free from the next step on."""
@@ -89,9 +107,19 @@ class Stream:
       self._advance()
     return Answer(self.text, self.ids, self.logprobs, self.top_logprobs, self.finish, self.prompt_tokens)
 
-  def _finish(self, why: str, text: str) -> bool:
-    self.text, self.finish = text.rstrip(), why  # in this order: readers look at `finish` first
-    return True
+  def _decoded(self) -> str:
+    """Text of all ids that are text; the space before it is left out.
+
+    A token's text may depend on the one before it, so decoding begins with tokens whose text is known.
+    """
+    ids = self.ids[: self._count]
+    if len(ids) == self._upto:
+      return self._whole.lstrip()
+    known, text = self._decode(ids[self._from : self._upto]), self._decode(ids[self._from :])
+    whole = self._whole + text[len(known) :]
+    if not text.endswith('\ufffd'):
+      self._whole, self._from, self._upto = whole, self._upto, len(ids)
+    return whole.lstrip()
 
   def _unsure(self, text: str) -> int:
     """How many characters at the end begin a stop string."""

@@ -53,3 +53,27 @@ def test_a_stop_string_is_never_told(tokenizer, text, stop, told, finish):
   ids = tokenizer.encode(text)
   stream, pieces = said(tokenizer, ids, Sampling(max_new_tokens=len(ids), stop=stop))
   assert (''.join(pieces), stream.finish) == (told, finish)
+
+
+def test_only_new_tokens_are_decoded(tokenizer):
+  """Whoever reads an answer while it grows pays for what is new; who does not read pays nothing."""
+  ids, counts = tokenizer.encode('red and blue and naïve 日本 ' * 8), []
+
+  def decode(some):
+    counts.append(len(some))
+    return tokenizer.decode(some, skip_special_tokens=True)
+
+  def stream(**sampling) -> Stream:
+    return Stream(Sampling(max_new_tokens=len(ids), **sampling), 0, end=(), decode=decode, advance=lambda: True)
+
+  unread = stream()
+  for token in ids:
+    unread.take(token, 0.0, [])
+  assert not counts and unread.text == tokenizer.decode(ids).strip()
+
+  for read in (stream(), stream(stop=('green',))):
+    counts.clear()
+    for token in ids:
+      read.take(token, 0.0, [])
+      assert tokenizer.decode(ids).startswith(read.text)
+    assert read.text == unread.text and max(counts) <= 12 < len(ids)
