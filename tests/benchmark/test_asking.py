@@ -33,6 +33,7 @@ def found(kinds, **options) -> list[Speed]:
   return list(asking.measure_all('small', kinds, [1, 2], **options))
 
 
+@pytest.mark.slow
 def test_every_kind_is_asked_of_whom_it_can_be():
   speeds = found(['text', 'images'])
   assert [(s.kind, s.requests, s.system) for s in speeds] == [
@@ -100,6 +101,7 @@ def test_few_bits():
   assert few_bits.packed_bytes([np.zeros(6, jax.numpy.int4), np.zeros(3, np.float32)]) == 3 + 12
 
 
+@pytest.mark.slow
 def test_later_questions():
   """All that is vision is saved; with features on the host, the tower alone."""
   gains = {(g.kind, g.keep): g for g in sessions.gains('small', rounds=2)}
