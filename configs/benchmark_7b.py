@@ -18,10 +18,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from llava_mini_jax.config import (
-  CompressorConfig,
   ConfigError,
   LlavaMiniConfig,
-  PrefusionConfig,
   VisionConfig,
   require_choice,
 )
@@ -40,9 +38,7 @@ def get_config(arguments: str = 'mini') -> ConfigDict:
   groups = (('vision/.*', 'frozen'), ('decoder/embed_tokens', 'frozen'), ('.*', 1e-4))
   visuals, slots = 1, 1
   if kind != 'mini':
-    model = dataclasses.replace(
-      model, compressor=CompressorConfig(kind='none'), prefusion=PrefusionConfig(num_layers=0)
-    )
+    model = model.without_compression()
     slots = model.tokens_per_visual
   if kind == 'decoder':
     # Its only trace of vision: the smallest tower there is, frozen and not used.

@@ -11,7 +11,6 @@ works on. One job over all hosts: as launch/train.py. --mesh and --batch_size, a
 --set model.dtype=bfloat16, are for all points.
 """
 
-import ast
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from llava_mini_jax.analyze.flops import peak_flops
 from llava_mini_jax.cli import define_process_flags, integers, launch
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.distributed import is_writer
+from llava_mini_jax.experiment import read_change
 from llava_mini_jax.sweep.grid import load_sweep
 from llava_mini_jax.sweep.report import write_report
 from llava_mini_jax.sweep.results import results
@@ -45,15 +45,7 @@ flags.mark_flag_as_required('workdir')
 
 
 def _changes() -> dict:
-  found = {}
-  for text in _SET.value:
-    path, equals, value = text.partition('=')
-    if not equals:
-      raise ConfigError(f'--set: expected section.field=value; found {text!r}')
-    try:
-      found[path] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-      found[path] = value
+  found = dict(read_change(text, '--set') for text in _SET.value)
   given = {
     'train.mesh': _MESH.value and integers('mesh', _MESH.value),
     'train.batch_size': _BATCH.value,

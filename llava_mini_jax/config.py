@@ -255,6 +255,20 @@ class LlavaMiniConfig:
     special = kind and (kind.in_decoder or kind.varies(config) or 'text' in kind.reads)
     return not (config.within or special)
 
+  def require_plain_visuals(self, who: str, advice: str = '') -> None:
+    """Raises ConfigError unless `reads_visuals_plainly`; `advice` ends the message."""
+    if not self.reads_visuals_plainly:
+      config = self.compressor
+      raise ConfigError(
+        f'{who}: expected a compressor whose tokens are the same for every question, all of them, outside the decoder; '
+        f'found kind={config.kind!r}, within={config.within}, elastic={config.elastic}{advice}'
+      )
+
+  def without_compression(self) -> LlavaMiniConfig:
+    """LLaVA-v1.5's way with the same parts: every patch goes to the decoder, and there is no pre-fusion."""
+    parts = dict(compressor=CompressorConfig(kind='none'), prefusion=PrefusionConfig(num_layers=0))
+    return dataclasses.replace(self, **parts)
+
   @property
   def tokens_per_visual(self) -> int:
     """C: what one image, or one frame, of a single view costs in the decoder."""

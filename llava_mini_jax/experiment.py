@@ -7,6 +7,7 @@ comes back into typed, checked values.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -195,3 +196,14 @@ class Experiment:
         f'{rows} row(s) in {self.train.epochs:g} epochs do not fill one batch of {self.train.batch_size}'
       )
     return steps
+
+
+def read_change(text: str, flag: str) -> tuple[str, Any]:
+  """`section.field=value` -> the field's path and its value, a Python literal or else text. Raises ConfigError."""
+  path, equals, value = text.partition('=')
+  if not equals:
+    raise ConfigError(f'{flag}: expected section.field=value; found {text!r}')
+  try:
+    return path, ast.literal_eval(value)
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it says of what is no literal
+    return path, value

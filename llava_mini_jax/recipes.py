@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig, require_choice
+from llava_mini_jax.config import LlavaMiniConfig, require_choice
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
 STAGES = ('stage1', 'stage1_full', 'stage2', 'stage2_hd', 'stage2_video', 'stage2_lora', 'finetune_qlora')
@@ -51,9 +51,7 @@ def paper_stage(model: LlavaMiniConfig, stage: str, *, template: str, name: str)
 def _stage1(model: LlavaMiniConfig, *, full: bool, start: str) -> Experiment:
   trained = '(projector|compressor|prefusion)/.*' if full else 'projector/.*'
   if not full:
-    model = dataclasses.replace(
-      model, compressor=CompressorConfig(kind='none'), prefusion=PrefusionConfig(num_layers=0)
-    )
+    model = model.without_compression()
   train = TrainConfig(
     groups=((trained, 1e-3), ('(vision|decoder)/.*', 'frozen')), init_from=start, init_fresh=(trained,), epochs=1.0
   )

@@ -26,7 +26,7 @@ from llava_mini_jax.analyze.flops import (
 from llava_mini_jax.analyze.memory import LOGITS, MIB, image_memory, session_bytes, weight_bytes
 from llava_mini_jax.analyze.stations import trained_stations
 from llava_mini_jax.analyze.topologies import GIB
-from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig
+from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig
 from llava_mini_jax.experiment import Experiment
 
 PAPER_TEXT = 43  # text tokens that reproduce the paper's FLOPs
@@ -37,11 +37,6 @@ CARDS = (24, 40, 80)  # GiB of common accelerators
 NAMES = dict(vision='vision', projector='projection', compressor='compression', prefusion='pre-fusion', decoder='LLM')
 _COLORS = ('#4c78a8', '#72b7b2', '#eeca3b', '#e45756', '#8a8f99')
 _UNITS = ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'))
-
-
-def baseline(config: LlavaMiniConfig) -> LlavaMiniConfig:
-  """LLaVA-v1.5's way with the same parts: every patch to the decoder."""
-  return dataclasses.replace(config, compressor=CompressorConfig(kind='none'), prefusion=PrefusionConfig(num_layers=0))
 
 
 def with_grid(config: LlavaMiniConfig, grid: int) -> LlavaMiniConfig:
@@ -55,7 +50,7 @@ def describe(experiment: Experiment, text: int) -> str:
   config, views = experiment.model, _views(experiment)
   rows = [
     ('this prompt', lambda c: prompt_flops(config, text, views=views, convention=c)),
-    ('every patch', lambda c: prompt_flops(baseline(config), text, views=views, convention=c)),
+    ('every patch', lambda c: prompt_flops(config.without_compression(), text, views=views, convention=c)),
     ('8 frames', lambda c: prompt_flops(config, text, visuals=8, convention=c)),
   ]
   if lasting := not config.compressor_reads('text'):
@@ -106,7 +101,7 @@ def _memory(config: LlavaMiniConfig, views: int) -> list[str]:
     + ', '.join(f'{NAMES[name]} {size / MIB:,.1f}' for name, size in weights.items())
     + f'; {sum(weights.values()) / MIB:,.1f} MiB'
   ]
-  for model, name in ((config, 'this model'), (baseline(config), 'every patch')):
+  for model, name in ((config, 'this model'), (config.without_compression(), 'every patch')):
     found = {logits: image_memory(model, views=views, logits=logits) for logits in LOGITS}
     lines.append(
       f'an image, {name}: keys and values {found["last"].cache / MIB:,.3f} MiB; '
@@ -139,7 +134,7 @@ def pictures(config: LlavaMiniConfig, text: int, out: Path) -> list[Path]:
 
 def _bars(config: LlavaMiniConfig, text: int, grids: Sequence[int], views: int, title: str, out: Path) -> None:
   """FLOPs by component, both conventions beside each other."""
-  models = [baseline(config), *(with_grid(config, grid) for grid in grids)]
+  models = [config.without_compression(), *(with_grid(config, grid) for grid in grids)]
   names = [f'{models[0].slots_per_visual(views)}\n(every patch)', *(str(grid**2) for grid in grids)]
   figure = Figure(figsize=(10, 4.2), layout='constrained')
   axes = figure.subplots(1, len(CONVENTIONS), sharey=True)
@@ -174,7 +169,8 @@ def _frames(config: LlavaMiniConfig, out: Path) -> None:
   figure = Figure(figsize=(7.5, 4.4), layout='constrained')
   axis = figure.subplots()
   frames = np.geomspace(FRAMES[0], FRAMES[-1], 200)
-  for model, name, color in ((baseline(config), 'every patch', '#4c78a8'), (config, 'this model', '#e45756')):
+  every_patch = config.without_compression()
+  for model, name, color in ((every_patch, 'every patch', '#4c78a8'), (config, 'this model', '#e45756')):
     weights = sum(weight_bytes(model).values())
     for logits, style in (('all', '-'), ('last', '--')):
       each = image_memory(model, logits=logits).total

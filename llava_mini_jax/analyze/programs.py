@@ -169,10 +169,8 @@ def _asking(
   experiment: Experiment, mesh: Mesh, step: str, rows: int, *, text: int, new_tokens: int, dtype: jnp.dtype
 ) -> Program:
   model, data = experiment.model, experiment.data
-  if step != 'prefill' and not model.reads_visuals_plainly:
-    found = f'kind={model.compressor.kind!r}, within={model.compressor.within}, elastic={model.compressor.elastic}'
-    expected = 'a compressor whose tokens are the same for every question, all of them, outside the decoder'
-    raise ConfigError(f'step {step}: expected {expected}; found {found}')
+  if step != 'prefill':
+    model.require_plain_visuals(f'step {step}')
   views = _views(experiment)
   frames = data.video_frames or data.video_max_frames or data.visuals_per_row
   visuals = frames if step == 'video' else 1

@@ -1,8 +1,8 @@
 """How fast a model with random weights answers: by kind of input, and by number of requests at once.
 
 Enters: a model's config. Leaves: seconds to the first token of all requests, which come together, and tokens per second
-after it. `v15_style` gives the model that it is compared with: the same tower, projector and decoder, but every patch
-goes to the decoder, and there is no pre-fusion (LLaVA-v1.5). `torch_asking` does the same work in torch.
+after it. `as_v15` gives the model that it is compared with: the same tower, projector and decoder, but every patch goes
+to the decoder, and there is no pre-fusion (LLaVA-v1.5). `torch_asking` does the same work in torch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from jax.sharding import Mesh
 
 from llava_mini_jax.analyze.flops import prompt_flops
 from llava_mini_jax.benchmark.train_step import SIZES
-from llava_mini_jax.config import CompressorConfig, LlavaMiniConfig, PrefusionConfig, require_choice
+from llava_mini_jax.config import LlavaMiniConfig, require_choice
 from llava_mini_jax.data.tokenizer import train_tokenizer
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 from llava_mini_jax.infer.engine import Engine, Request
 from llava_mini_jax.infer.load import Loaded, slimmed
 from llava_mini_jax.infer.prompts import Prompt
 from llava_mini_jax.infer.sampling import Sampling
+from llava_mini_jax.markdown import table
 from llava_mini_jax.models.llava_mini import build
 from llava_mini_jax.presets import PRESETS
 from llava_mini_jax.sharding import make_mesh, use_mesh
@@ -67,16 +68,10 @@ def model_of(size: str, dtype: str = '') -> LlavaMiniConfig:
   """Of `train_step.SIZES` or a preset, in another dtype unless that is ''. Raises ConfigError for another name."""
   require_choice('size', size, tuple(SIZES | PRESETS))
   model = SIZES[size]().model if size in SIZES else PRESETS[size]()
-  longest = max(kind.visuals * model.vision.num_patches for kind in (KINDS['image'], KINDS['images'])) + _ROOM
+  longest = KINDS['images'].visuals * model.vision.num_patches + _ROOM  # as LLaVA-v1.5
   most = max(model.decoder.max_position_embeddings, longest)
   decoder = dataclasses.replace(model.decoder, max_position_embeddings=most)
   return dataclasses.replace(model, decoder=decoder, dtype=dtype or model.dtype)
-
-
-def v15_style(model: LlavaMiniConfig) -> LlavaMiniConfig:
-  return dataclasses.replace(
-    model, compressor=CompressorConfig(kind='none'), prefusion=dataclasses.replace(PrefusionConfig(), num_layers=0)
-  )
 
 
 def random_run(model: LlavaMiniConfig, mesh: Mesh, *, quantize: str = '', seed: int = 0) -> Loaded:
@@ -91,7 +86,8 @@ def random_run(model: LlavaMiniConfig, mesh: Mesh, *, quantize: str = '', seed: 
 
   with use_mesh(mesh):
     params = draw(jax.random.key(seed))
-  params = {path: slimmed(path, value, dtype, quantize) for path, value in params.items()}
+  if quantize:
+    params = {path: slimmed(path, value, dtype, quantize) for path, value in params.items()}
   tokenizer = train_tokenizer([QUESTION], min(512, model.decoder.vocab_size))
   experiment = Experiment(model, DataConfig(dataset='none', template='qa'), TrainConfig())
   return Loaded(experiment, tokenizer, graphdef, unflatten(params), mesh, 0)
@@ -99,7 +95,7 @@ def random_run(model: LlavaMiniConfig, mesh: Mesh, *, quantize: str = '', seed: 
 
 def as_v15(run: Loaded) -> Loaded:
   """The model that LLaVA-Mini is compared with, with those weights of `run` that it has."""
-  model = v15_style(run.experiment.model)
+  model = run.experiment.model.without_compression()
   graphdef, leaves = sharded_model(model, run.mesh)
   params = flatten(run.params)
   return dataclasses.replace(
@@ -166,17 +162,22 @@ def answered(engine: Engine, asked: Sequence[Request]) -> tuple[list[list[int]],
   return [stream.ids for stream in streams], first, time.perf_counter() - began - first
 
 
+def text_tokens(engine: Engine, request: Request) -> int:
+  """Of its prompt, without vision slots."""
+  laid = engine.encoder.lay(request.prompt, request.grid)
+  return len(laid.tokens) - laid.slots.size
+
+
 def measure(
   run: Loaded, system: str, size: str, kind: str, count: int, *, tokens: int, rounds: int
 ) -> tuple[Speed, list[list[int]]]:
   """And the ids of the answers, to be compared."""
   model, what = run.experiment.model, KINDS[kind]
-  engine, asked = engine_of(run, what, count), requests(run.experiment.model, what, count, tokens)
+  engine, asked = engine_of(run, what, count), requests(model, what, count, tokens)
   ids, _, _ = answered(engine, asked)  # compiles
   found = [answered(engine, asked)[1:] for _ in range(rounds)]
   held = jax.tree.leaves((run.params, engine.core.state))
-  text = len(engine.encoder.lay(asked[0].prompt, asked[0].grid).fused) if what.visuals else 8
-  flops = prompt_flops(model, text, visuals=what.visuals, views=what.views).total
+  flops = prompt_flops(model, text_tokens(engine, asked[0]), visuals=what.visuals, views=what.views).total
   first, rest = zip(*found, strict=True)
   peak = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0)
   speed = Speed(size, system, kind, count, tokens, first, rest, flops, sum(x.nbytes for x in held), peak)
@@ -226,8 +227,7 @@ def describe(found: Sequence[Speed]) -> str:
   """A table, with the ratio to torch's time (below 1: faster), and v1.5's time to first token over LLaVA-Mini's."""
   by_place = {(s.size, s.kind, s.requests, s.system): s for s in found}
   head = ['size', 'input', 'at once', 'system', 'first token ms', 'tokens/s', 'images/s', 'prompt GFLOP', 'MiB held']
-  lines = [row([*head, 'of torch: first', 'rest', 'v1.5 / Mini: first'])]
-  lines.append(row(['---'] * (len(head) + 3)))
+  rows = []
   for s in found:
     peer = by_place.get((s.size, s.kind, s.requests, f'{s.system}, torch'))
     v15 = by_place.get((s.size, s.kind, s.requests, V15)) if s.system == MINI else None
@@ -236,9 +236,5 @@ def describe(found: Sequence[Speed]) -> str:
     held = max(s.held_bytes, s.peak_bytes)
     cells += [f'{s.prompt_flops / 1e9:,.2f}', f'{held / 2**20:,.0f}' if held else '']
     cells += [f'{min(s.first) / min(peer.first):.2f}', f'{min(s.rest) / min(peer.rest):.2f}'] if peer else ['', '']
-    lines.append(row([*cells, f'{min(v15.first) / min(s.first):.2f}' if v15 else '']))
-  return '\n'.join(lines)
-
-
-def row(cells: Sequence[object]) -> str:
-  return f'| {" | ".join(map(str, cells))} |'
+    rows.append([*cells, f'{min(v15.first) / min(s.first):.2f}' if v15 else ''])
+  return '\n'.join(table([*head, 'of torch: first', 'rest', 'v1.5 / Mini: first'], rows))

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_mini_jax.benchmark.asking import model_of, random_run, row
+from llava_mini_jax.benchmark.asking import model_of, random_run
 from llava_mini_jax.benchmark.train_step import SIZES, random_batch
 from llava_mini_jax.config import QUANTIZED, require_choice
+from llava_mini_jax.markdown import table
 from llava_mini_jax.sharding import make_mesh, use_mesh
 from llava_mini_jax.train.tree import merge
 
@@ -57,10 +58,10 @@ def _bits(dtype: Any) -> int:
 
 
 def describe(found: Sequence[Kept]) -> str:
-  lines = [row(['size', 'computed in', 'kernels', 'MiB', 'of float32', 'error of logits', 'same token'])]
-  lines.append(row(['---'] * 7))
+  rows = []
   for k in found:
     whole = next(x.bytes for x in found if x.size == k.size and x.dtype == 'float32' and not x.kernels)
     cells = [k.size, k.dtype, k.kernels or k.dtype, f'{k.bytes / 2**20:.1f}', f'{k.bytes / whole:.2f}']
-    lines.append(row([*cells, f'{100 * k.error:.2f}%', f'{100 * k.same:.1f}%']))
-  return '\n'.join(lines)
+    rows.append([*cells, f'{100 * k.error:.2f}%', f'{100 * k.same:.1f}%'])
+  head = ['size', 'computed in', 'kernels', 'MiB', 'of float32', 'error of logits', 'same token']
+  return '\n'.join(table(head, rows))

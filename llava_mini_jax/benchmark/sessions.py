@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from llava_mini_jax.analyze.flops import later_question_flops, prompt_flops
-from llava_mini_jax.benchmark.asking import KINDS, engine_of, model_of, random_run, requests, row
+from llava_mini_jax.benchmark.asking import KINDS, engine_of, model_of, random_run, requests, text_tokens
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.infer.engine import Engine, Request
 from llava_mini_jax.infer.prompts import Prompt
 from llava_mini_jax.infer.sampling import Sampling
+from llava_mini_jax.markdown import table
 from llava_mini_jax.sharding import make_mesh
 
 ONE_TOKEN = Sampling(max_new_tokens=1, ignore_end=True)
@@ -49,8 +50,8 @@ def gains(size: str, *, dtype: str = '', rounds: int = 20) -> Iterator[Gain]:
       media = [engine.look(some, keep=keep, grid=asked.grid) for some in asked.prompt.media]
       times = [(_first(engine, asked), _first(engine, _about(media, asked, i))) for i in range(rounds + 1)]
       afresh, later = (statistics.median(times) for times in zip(*times[1:], strict=True))  # the first compiles
-      text = len(engine.encoder.lay(asked.prompt, asked.grid).fused)
-      yield Gain(size, kind, keep, afresh, later, *_flops(run.experiment.model, kind, keep, text))
+      flops = _flops(run.experiment.model, kind, keep, text_tokens(engine, asked))
+      yield Gain(size, kind, keep, afresh, later, *flops)
 
 
 def _first(engine: Engine, request: Request) -> float:
@@ -111,19 +112,19 @@ def video_sessions(size: str, frames: Sequence[int], *, chunk: int = 16, dtype: 
 
 
 def describe_gains(found: Sequence[Gain]) -> str:
-  lines = [row(['size', 'input', 'kept', 'afresh ms', 'later ms', 'speed-up', 'GFLOP afresh', 'later', 'ratio'])]
-  lines.append(row(['---'] * 9))
+  head = ['size', 'input', 'kept', 'afresh ms', 'later ms', 'speed-up', 'GFLOP afresh', 'later', 'ratio']
+  rows = []
   for g in found:
     cells = [g.size, g.kind, g.keep, f'{1e3 * g.afresh:.1f}', f'{1e3 * g.later:.1f}', f'{g.afresh / g.later:.1f}']
     cells += [f'{g.flops_afresh / 1e9:.2f}', f'{g.flops_later / 1e9:.2f}', f'{g.flops_afresh / g.flops_later:.1f}']
-    lines.append(row(cells))
-  return '\n'.join(lines)
+    rows.append(cells)
+  return '\n'.join(table(head, rows))
 
 
 def describe_video(found: Sequence[Held]) -> str:
-  lines = [row(['frames', 'device MiB, seeing', 'device MiB, row', 'host MiB', 'frames/s', 'new question s'])]
-  lines.append(row(['---'] * 6))
+  head = ['frames', 'device MiB, seeing', 'device MiB, row', 'host MiB', 'frames/s', 'new question s']
+  rows = []
   for h in found:
     sizes = [f'{x / 2**20:.2f}' for x in (h.seeing, h.slot, h.host)]
-    lines.append(row([h.frames, *sizes, f'{h.frames_per_second:.0f}', f'{h.question:.2f}']))
-  return '\n'.join(lines)
+    rows.append([h.frames, *sizes, f'{h.frames_per_second:.0f}', f'{h.question:.2f}'])
+  return '\n'.join(table(head, rows))

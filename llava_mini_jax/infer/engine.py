@@ -58,12 +58,7 @@ class Engine:
         compressor that reads the question, varies in its number of tokens, or acts in the decoder.
     """
     model = run.experiment.model
-    if not model.reads_visuals_plainly:
-      raise ConfigError(
-        'Engine: expected a compressor whose tokens are the same for every question, all of them, outside the decoder; '
-        f'found kind={model.compressor.kind!r}, within={model.compressor.within}, elastic={model.compressor.elastic}. '
-        'launch/evaluate.py asks such a model'
-      )
+    model.require_plain_visuals('Engine', '. launch/evaluate.py asks such a model')
     most = model.decoder.max_position_embeddings
     max_length = max_length or min(_LENGTH, most)
     if not 1 < max_length <= most:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import re
@@ -20,7 +19,7 @@ from llava_mini_jax.config import QUANTIZED, ConfigError, require_choice
 from llava_mini_jax.convert.run_parameters import open_parameters
 from llava_mini_jax.convert.run_weights import newest_step, read_experiment
 from llava_mini_jax.data.tokenizer import load_tokenizer
-from llava_mini_jax.experiment import Experiment
+from llava_mini_jax.experiment import Experiment, read_change
 from llava_mini_jax.train.lora import in_few_bits
 from llava_mini_jax.train.tree import sharded_model, unflatten
 
@@ -110,19 +109,10 @@ def change_experiment(experiment: Experiment, changes: Sequence[str]) -> Experim
   """
   values = experiment.to_dict()
   for change in changes:
-    name, equals, text = change.partition('=')
-    if not equals:
-      raise ConfigError(f'set: expected section.field=value; found {change!r}')
+    name, value = read_change(change, 'set')
     require_choice('set', name, CHANGEABLE)
     if name == 'train.init_from' and not experiment.train.lora_rank:
       raise ConfigError('set: train.init_from is read for runs with LoRA adapters alone; this one holds all parameters')
     *sections, field = name.split('.')
-    functools.reduce(dict.__getitem__, sections, values)[field] = _literal(text)
+    functools.reduce(dict.__getitem__, sections, values)[field] = value
   return Experiment.from_dict(values)
-
-
-def _literal(text: str) -> Any:
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it says of what is no literal
-    return text

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from llava_mini_jax.markdown import table
 from llava_mini_jax.sweep.grid import Sweep
 
 CSV, TABLE = 'results.csv', 'table.md'
@@ -91,7 +92,7 @@ def markdown(sweep: Sweep, results: Sequence[Result]) -> str:
   paper = list(dict.fromkeys(name for point in sweep.points for name in point.paper))
   head = ['point', 'layers', 'tokens', 'FLOPs', 'seeds', 'all', *categories, 'blank images']
   head += [f'paper: {name}' for name in paper]
-  lines = [f'# {sweep.title}', '', _row(head), _row(['---'] * len(head))]
+  rows = []
   for point in sweep.points:
     if not (found := groups.get(point.name)):
       continue
@@ -99,10 +100,10 @@ def markdown(sweep: Sweep, results: Sequence[Result]) -> str:
     cells = [point.name, one['layers'], one['cost']['tokens'], f'{one["cost"]["prompt_flops"]:.3g}', len(found)]
     cells += [_percent(*statistics(found, 'real', name)) for name in ('accuracy', *categories)]
     cells += [_percent(*statistics(found, 'blank')), *(point.paper.get(name, '') for name in paper)]
-    lines.append(_row(cells))
+    rows.append(cells)
   missing = len(sweep.points) * len(sweep.seeds) - len(results)
-  lines += ['', f'{len(results)} runs; {missing} to come. ± is the standard deviation over seeds. FLOPs of one answer.']
-  return '\n'.join(lines) + '\n'
+  said = f'{len(results)} runs; {missing} to come. ± is the standard deviation over seeds. FLOPs of one answer.'
+  return '\n'.join([f'# {sweep.title}', '', *table(head, rows), '', said]) + '\n'
 
 
 def _by_point(sweep: Sweep, results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -111,10 +112,6 @@ def _by_point(sweep: Sweep, results: Sequence[Result]) -> dict[str, list[Result]
 
 def _percent(mean: float, deviation: float | None) -> str:
   return f'{100 * mean:.1f}' + (f' ± {100 * deviation:.1f}' if deviation is not None else '')
-
-
-def _row(cells: Sequence[Any]) -> str:
-  return f'| {" | ".join(map(str, cells))} |'
 
 
 def _plot(sweep: Sweep, results: Sequence[Result], out: Path, label: str, value: Any, log: bool) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_model import lay_out, quick_jit, random_params, random_sample, small_config, structure
+from test_flops import abstract_batch
 
 from llava_mini_jax.analyze.cost_report import describe
 from llava_mini_jax.analyze.flops import (
@@ -27,7 +28,6 @@ from llava_mini_jax.infer.generate import prefill
 from llava_mini_jax.sharding import make_mesh, use_mesh
 from llava_mini_jax.train.step import make_trainer
 from llava_mini_jax.train.tree import abstract_model, merge
-from llava_mini_jax.types import Batch
 
 CASES = {
   'query': dict(kind='query', grid=2, key_position='none'),
@@ -45,19 +45,6 @@ CASES = {
   'within': dict(kind='query', grid=2, key_position='none', space='llm', within=1),
   'average within': dict(kind='average', grid=1, space='llm', within=1),
 }
-
-
-def abstract_batch(config: LlavaMiniConfig, rows: int, length: int, visuals: int, fused_text: int, views: int) -> Batch:
-  size = config.vision.image_size
-  shapes = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), ((rows, length), jnp.int32))
-  shapes |= dict(
-    loss_mask=((rows, length), jnp.bool_),
-    pixels=((rows, visuals, views, size, size, 3), jnp.uint8),
-    fuse_index=((rows, visuals, fused_text), jnp.int32),
-    fuse_mask=((rows, visuals, fused_text), jnp.bool_),
-    slot_index=((rows, visuals, config.slots_per_visual(views)), jnp.int32),
-  )
-  return Batch(**{name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()})
 
 
 @pytest.mark.parametrize('views', [1, 5])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tiny_run import REPOSITORY, make_dataset
 
-from llava_mini_jax.analyze.cost_report import baseline, describe, pictures, scaled, with_grid
+from llava_mini_jax.analyze.cost_report import describe, pictures, scaled, with_grid
 from llava_mini_jax.analyze.stations import trained_stations
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
@@ -52,8 +52,8 @@ def test_scaled():
 
 def test_the_models_beside():
   tiny = LlavaMiniConfig.preset('tiny')
-  assert (baseline(tiny).tokens_per_visual, baseline(tiny).prefusion.num_layers) == (64, 0)
-  assert (with_grid(tiny, 3).tokens_per_visual, with_grid(baseline(tiny), 3).tokens_per_visual) == (9, 9)
+  assert (tiny.without_compression().tokens_per_visual, tiny.without_compression().prefusion.num_layers) == (64, 0)
+  assert (with_grid(tiny, 3).tokens_per_visual, with_grid(tiny.without_compression(), 3).tokens_per_visual) == (9, 9)
 
 
 def test_pictures(tmp_path):

@@ -56,7 +56,7 @@ def abstract_batch(config: LlavaMiniConfig, *, rows, length, visuals, fused_text
     pixels=((rows, visuals, views, size, size, 3), jnp.uint8),
     fuse_index=((rows, visuals, fused_text), jnp.int32),
     fuse_mask=((rows, visuals, fused_text), jnp.bool_),
-    slot_index=((rows, visuals, config.tokens_per_visual), jnp.int32),
+    slot_index=((rows, visuals, config.slots_per_visual(views)), jnp.int32),
   )
   return Batch(**{name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()})
 

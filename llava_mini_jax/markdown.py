@@ -1,0 +1,14 @@
+"""Cells -> the lines of a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+  """A line for the names of the columns, one below them, and one for each row."""
+  return [_line(cells) for cells in (head, ['---'] * len(head), *rows)]
+
+
+def _line(cells: Sequence[object]) -> str:
+  return f'| {" | ".join(map(str, cells))} |'
