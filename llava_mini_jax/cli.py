@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -57,9 +58,11 @@ def launch(
       sys.exit(f'error: unexpected argument(s): {" ".join(argv[1:])}')
     f, status = flags.FLAGS, 0
     try:
-      cluster = find_cluster(f.coordinator, f.num_processes, f.process_id) if several else SINGLE
-      times = dict(timeout=f.start_timeout, heartbeat=f.heartbeat_timeout) if several else {}
-      with processes(cluster, **times):
+      cluster, meeting = SINGLE, contextlib.nullcontext()
+      if several:
+        cluster = find_cluster(f.coordinator, f.num_processes, f.process_id)
+        meeting = processes(cluster, timeout=f.start_timeout, heartbeat=f.heartbeat_timeout)
+      with meeting:
         try:
           # CPUs of several processes are for tests: what was compiled for their devices is not tried for others.
           if keep and not (cluster.several and jax.default_backend() == 'cpu'):

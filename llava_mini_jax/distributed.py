@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -25,6 +26,7 @@ from llava_mini_jax.config import ConfigError
 _LONGEST = 1024  # bytes of a fault that the others are told of
 TIMEOUT = 300  # seconds that processes wait for each other at the start, as JAX's
 HEARTBEAT = 100  # seconds without a sign of life, as JAX's
+_NEVER = 10**8  # seconds
 _SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
 _GOOGLE = '0x1ae0'  # PCI vendor, of its network cards too
 _TPU_CHIPS = ('0x0027', '0x0056', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076')  # PCI devices: v2 to 7x
@@ -179,14 +181,16 @@ def processes(cluster: Cluster, *, timeout: int = TIMEOUT, heartbeat: int = HEAR
   at once, and the runtime then aborts the others; at the end of a run that does not, all wait for the slowest.
 
   Args:
-    heartbeat: seconds without a sign of life after which a process counts as dead, and the others abort.
+    heartbeat: seconds without a sign of life after which a process counts as dead, and the others abort. A single
+      process may be suspended for as long as one likes.
   Raises:
     ConfigError: JAX cannot find out who the processes are.
   """
-  if not cluster.several:
-    yield
-    return
   jax.config.update('jax_enable_preemption_service', False)  # it keeps SIGTERM to itself; see `train.preemption`
+  if not cluster.several:
+    with _alone():
+      yield
+    return
   explicit = cluster.found_in == 'flags'
   # When a connection fails, the runtime aborts the process from C++ instead of raising, so ours has to be the first.
   timer = threading.Timer(timeout, _give_up, [cluster, timeout])
@@ -219,6 +223,27 @@ def processes(cluster: Cluster, *, timeout: int = TIMEOUT, heartbeat: int = HEAR
     os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
   multihost_utils.sync_global_devices('end')  # the first process may still be drawing, longer than a shutdown waits
   jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+  """A cluster of one, which nothing outside this machine can reach."""
+  with socket.socket() as held:  # until the coordinator has the port: one that is taken ends the process from C++
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{held.getsockname()[1]}'
+    jax.distributed.initialize(
+      address,
+      1,
+      0,
+      cluster_detection_method='deactivate',
+      coordinator_bind_address=address,
+      heartbeat_timeout_seconds=_NEVER,  # one that was suspended would count as dead, and abort itself
+    )
+  try:
+    yield
+  finally:
+    jax.distributed.shutdown()
 
 
 def _give_up(cluster: Cluster, timeout: int) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tiny_run import command
+from tiny_run import command, environment
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.distributed import SINGLE, Cluster, find_cluster
@@ -130,6 +132,27 @@ def test_processes_that_do_not_meet():
       'are all of them started, with the same --coordinator, and may they reach each other?'
     ]
   assert time.monotonic() - begun < 100
+
+
+SUSPENDED = """
+import os, signal, subprocess, time
+import jax
+from llava_mini_jax.distributed import SINGLE, processes
+
+with processes(SINGLE, heartbeat=1):
+  assert jax.distributed.is_initialized()
+  subprocess.Popen(['sh', '-c', f'sleep 5; kill -CONT {os.getpid()}'])
+  os.kill(os.getpid(), signal.SIGSTOP)
+  time.sleep(5)
+  print(jax.process_count())
+assert not jax.distributed.is_initialized()
+"""
+
+
+def test_a_single_process_may_be_suspended():
+  """A laptop that slept, a job that was put aside: nobody waited for it."""
+  done = subprocess.run([sys.executable, '-c', SUSPENDED], capture_output=True, text=True, env=environment(1))
+  assert (done.returncode, done.stdout) == (0, '1\n'), done.stderr
 
 
 class Device:
