@@ -38,7 +38,7 @@ class Size:
 
 
 def _medium() -> LlavaMiniConfig:
-  """Width 512 and 8 layers throughout, 576 patches."""
+  """Width 512 and 8 layers throughout, 576 patches; too wide for a loop over layers to be written out where it asks."""
   tiny = PRESETS['tiny']()
   wide = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8)
   vision = dataclasses.replace(
@@ -47,8 +47,9 @@ def _medium() -> LlavaMiniConfig:
   decoder = dataclasses.replace(
     tiny.decoder, **wide, vocab_size=8192, num_attention_heads=8, num_key_value_heads=8, head_dim=64
   )
+  prefusion = dataclasses.replace(tiny.prefusion, num_layers=2)
   return dataclasses.replace(
-    tiny, vision=vision, decoder=decoder, prefusion=dataclasses.replace(tiny.prefusion, num_layers=2)
+    tiny, vision=vision, decoder=decoder, prefusion=prefusion, scan=ScanConfig(remat='none', unroll=False)
   )
 
 

@@ -1,8 +1,9 @@
 """Attention, and the one description of who sees whom that all its implementations are built from.
 
 Enters: queries [B L N H], keys and values [B S K H], and an `AttentionMask`, or
-the bool mask made of one. Leaves: [B L N H]. `jnp` is `jax.nn.dot_product_attention`;
-`splash` is JAX's Pallas kernel for TPUs, which never writes the [L S] scores to memory.
+the bool mask made of one. Leaves: [B L N H]. `jnp` is `jax.nn.dot_product_attention`,
+on CPUs `attend_on_cpu`; `splash` is JAX's Pallas kernel for TPUs, which never writes
+the [L S] scores to memory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CONTEXT = 'attention_context'  # what attention leaves, by name, for `layers.sca
 
 _LANES = 128
 _BLOCKS = (640, 512, 384, 256)  # multiples of its 128 lanes; the largest whose scores fit on the core
+_HIDDEN = -1e30  # added to the scores of keys that are not seen
 _WORTH_IT = 256  # shorter rows cost jnp little, and would be mostly padding in blocks
 
 
@@ -90,7 +92,59 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | jax.A
   """
   if isinstance(mask, AttentionMask):
     return _splash(q, k, v, mask)
+  if platform() == 'cpu':
+    return attend_on_cpu(q, k, v, mask)
   return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask), CONTEXT)
+
+
+def attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """Softmax attention, scaled by 1/sqrt(H): q [B L N H], k and v [B S K H], mask bool[B 1 L S] or None -> [B L N H].
+
+  Scores and softmax are float32. Every query must see at least one key. In the form that XLA compiles best for CPUs,
+  two to three times as fast as `jax.nn.dot_product_attention`: heads lie before tokens, so that each product is one of
+  plain matrices; the mask is added, because a `where` before a softmax is computed again for every use; and the
+  gradient keeps the large [L S] arrays as they lie, and sums over [H] where autodiff would sum over [S].
+  """
+  rows, length, heads, width = q.shape
+  shared = k.shape[2]
+  group = heads // shared
+  # All queries that share a key head are rows of one matrix: [B K G*L H] and [B K S H].
+  q = (q / math.sqrt(width)).astype(q.dtype).reshape(rows, length, shared, group, width)
+  q = q.transpose(0, 2, 3, 1, 4).reshape(rows, shared, group * length, width)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  y = _heads_first(q, k, v, None if mask is None else jnp.where(mask, 0.0, _HIDDEN)[:, None])
+  y = y.reshape(rows, shared, group, length, width).transpose(0, 3, 1, 2, 4)
+  return y.reshape(rows, length, heads, width)
+
+
+@jax.custom_vjp
+def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+  """q [B K G*L H], k and v [B K S H], bias float32[B 1 1 L S] -> [B K G*L H]."""
+  return _forward(q, k, v, bias)[0]
+
+
+def _forward(q, k, v, bias):
+  scores = jnp.einsum('BKQH,BKSH->BKQS', q, k, preferred_element_type=jnp.float32)
+  if bias is not None:
+    groups = (*scores.shape[:2], -1, *bias.shape[3:])  # [B K G L S]
+    scores = (scores.reshape(groups) + bias).reshape(scores.shape)
+  weights = jax.nn.softmax(scores).astype(v.dtype)
+  y = checkpoint_name(jnp.einsum('BKQS,BKSH->BKQH', weights, v), CONTEXT)
+  return y, (q, k, v, weights, y)
+
+
+def _backward(kept, dy):
+  q, k, v, weights, y = kept
+  back = jnp.einsum('BKQH,BKSH->BKQS', dy, v, preferred_element_type=jnp.float32)
+  mean = (dy * y).astype(jnp.float32).sum(-1, keepdims=True)  # of `back`, as the softmax weighs it
+  scores = (weights * (back - mean)).astype(q.dtype)
+  dq = jnp.einsum('BKQS,BKSH->BKQH', scores, k)
+  dk = jnp.einsum('BKHQ,BKQS->BKHS', q.swapaxes(2, 3), scores).swapaxes(2, 3)
+  dv = jnp.einsum('BKHQ,BKQS->BKHS', dy.swapaxes(2, 3), weights).swapaxes(2, 3)
+  return dq, dk, dv, None
+
+
+_heads_first.defvjp(_forward, _backward)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:

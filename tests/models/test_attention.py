@@ -12,7 +12,7 @@ from small_model import lay_out, quick_jit, random_params, random_sample, small_
 from torch_parity import close
 
 from llava_mini_jax.config import ConfigError, ScanConfig
-from llava_mini_jax.models.attention import AttentionMask, attend
+from llava_mini_jax.models.attention import AttentionMask, attend, attend_on_cpu
 from llava_mini_jax.models.layers import scan_layers
 from llava_mini_jax.sharding import make_mesh, use_mesh
 
@@ -58,6 +58,27 @@ def test_the_kernel_is_jnp(length, causal):
   masks = AttentionMask(ids, ids, causal=causal), AttentionMask(np.ones_like(ids), (ids > 0).astype(np.int32))
   for mask in masks[: 1 + causal]:
     equal(*(values_and_gradients(kind, mask, *heads(length)) for kind in ('splash', 'jnp')))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('masked', [True, False])
+@pytest.mark.parametrize(('length', 'keys', 'shared'), [(33, 33, 4), (33, 50, 2), (1, 50, 1)])
+def test_on_cpus_it_is_the_librarys(length, keys, shared, masked, dtype):
+  """Values and gradients of `jax.nn.dot_product_attention`, with every query seeing one key at least."""
+  rng = np.random.default_rng(length + keys)
+  q, k, v = (rng.normal(size=(B, n, h, H)).astype(dtype) for n, h in ((length, N), (keys, shared), (keys, shared)))
+  mask = rng.random((B, 1, length, keys)) < 0.5
+  mask[..., 0] = True
+  weigh = jnp.asarray(rng.normal(size=q.shape), dtype)
+
+  def values_and_gradients(attend):
+    y, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask=jnp.asarray(mask) if masked else None), q, k, v)
+    return [np.asarray(found, np.float32) for found in (y, *back(weigh))]
+
+  expected = values_and_gradients(jax.nn.dot_product_attention)
+  for name, ours, theirs in zip('yqkv', values_and_gradients(attend_on_cpu), expected, strict=True):
+    tolerance = (3e-2 if dtype == 'bfloat16' else TOLERANCE) * max(1.0, float(np.abs(theirs).max()))
+    close(ours, theirs, name, tolerance)
 
 
 @pytest.mark.parametrize('shape', [(4, 1, 2), (2, 2, 2)])
