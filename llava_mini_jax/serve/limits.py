@@ -15,6 +15,9 @@ class Limits:
   open_bytes: int = 160 * 2**20  # of the bodies of all requests that are not answered yet -> 429
   read_seconds: float = 30.0  # until the whole body is there -> 408
   header_seconds: float = 10.0  # until the head of a request is there; then the connection is closed
+  # From an answer to the next request of its connection. Longer than clients keep one (openai and httpx: 5 s), so that
+  # it is they who close it: a request that is on its way when the server closes is lost.
+  idle_seconds: float = 60.0
   send_seconds: float = 30.0  # until a client reads on; then the connection is cut off
   connections: int = 256  # besides those that have a place -> 503
   media: int = 8  # images and videos of a request -> 422

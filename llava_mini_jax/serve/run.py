@@ -94,6 +94,7 @@ def config(app: FastAPI, limits: Limits, **options: Any) -> uvicorn.Config:
     access_log=False,
     server_header=False,
     proxy_headers=False,
+    timeout_keep_alive=limits.idle_seconds,
     timeout_graceful_shutdown=limits.drain_seconds,
     limit_concurrency=app.state.service.worker.places.most + limits.connections,
   )

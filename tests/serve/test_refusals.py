@@ -221,6 +221,20 @@ def test_slow_clients(engine):
     assert server.ask().is_success
 
 
+def test_a_connection_is_kept_for_longer_than_clients_keep_it(engine):
+  """A server that closes it first, as it does in the end, loses a request that is on its way."""
+  assert Limits().idle_seconds > httpx.Limits().keepalive_expiry
+  with served(engine, limits=Limits(idle_seconds=0.5)) as server:
+    host, port = server.url.removeprefix('http://').split(':')
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+      for _ in range(2):
+        time.sleep(0.2)
+        connection.sendall(b'GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n')
+        assert connection.recv(4096).startswith(b'HTTP/1.1 200 ')
+      began = time.monotonic()
+      assert connection.recv(4096) == b'' and 0.3 < time.monotonic() - began < 5
+
+
 def test_a_key(engine):
   with served(engine, key='s3cret') as server:
     assert server.ask().is_success and server.http.get('/metrics').is_success
