@@ -1,6 +1,7 @@
 """Measurements that the documents quote.
 
 python launch/benchmark.py train --sizes=tiny,medium
+python launch/benchmark.py attention
 python launch/benchmark.py scaling --sizes=tiny --devices=8
 python launch/benchmark.py input --config=configs/tiny_easy_vqa.py
 python launch/benchmark.py infer --sizes=tiny,medium --requests=1,4,16,64
@@ -26,6 +27,7 @@ from ml_collections import config_flags
 
 from llava_mini_jax.benchmark import (
   asking,
+  attention_speed,
   convert_memory,
   few_bits,
   input_pipeline,
@@ -43,7 +45,7 @@ _SIZES = flags.DEFINE_list(
   'sizes', ['tiny'], 'Sizes of `benchmark.train_step.SIZES`; of infer and sessions also presets.'
 )
 _ROUNDS = flags.DEFINE_integer(
-  'rounds', 20, 'Of train, infer and sessions: times that each is measured.', lower_bound=1
+  'rounds', 20, 'Of train, attention, infer and sessions: times that each is measured.', lower_bound=1
 )
 _KINDS = flags.DEFINE_list('kinds', list(asking.KINDS), 'Of infer: kinds of input.')
 _REQUESTS = flags.DEFINE_list('requests', ['1', '4', '16', '64'], 'Of infer: how many requests come at once.')
@@ -114,6 +116,7 @@ def _serve() -> str:
 
 MEASURES = {
   'train': lambda: train_step.describe([train_step.compare(name, rounds=_ROUNDS.value) for name in _SIZES.value]),
+  'attention': lambda: attention_speed.describe(list(attention_speed.speeds(_ROUNDS.value))),
   'scaling': lambda: '\n'.join(scaling.describe(scaling.scaling(name)) for name in _SIZES.value),
   'input': _input,
   'infer': _infer,

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
   """A line for the names of the columns, one below them, and one for each row."""
-  return [_line(cells) for cells in (head, ['---'] * len(head), *rows)]
+  return [line(head), '|---' * len(head) + '|', *map(line, rows)]
 
 
-def _line(cells: Sequence[object]) -> str:
+def line(cells: Sequence[object]) -> str:
   return f'| {" | ".join(map(str, cells))} |'

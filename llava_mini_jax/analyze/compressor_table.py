@@ -10,6 +10,7 @@ import dataclasses
 from llava_mini_jax.analyze.flops import forward_flops
 from llava_mini_jax.compressor_recipes import DEFAULTS
 from llava_mini_jax.config import LlavaMiniConfig
+from llava_mini_jax.markdown import line
 
 TEXT = 43
 READS = dict(  # and its C
@@ -47,7 +48,7 @@ def rows() -> list[str]:
     own = f'{flops.compressor / 1e9:.3f} G' if flops.compressor else '0'
     fields = ', '.join(f'`{field}`' for field in (config.compressor_class.fields if config.compressor_class else ()))
     cells = [f'`{kind}`', *READS[kind], fields or '–', own, ', '.join(beyond) or '–', count]
-    lines.append(f'| {" | ".join(cells)} |')
+    lines.append(line(cells))
   return lines
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib.figure
 
 from llava_mini_jax.analyze.topologies import GIB
+from llava_mini_jax.markdown import table
 
 MODELS = ('vicuna_7b', 'llama31_8b', 'vicuna_13b')
 STAGES = ('stage2', 'stage1', 'stage2_hd', 'stage2_video')
@@ -90,17 +91,13 @@ def read(file: Path) -> dict[str, Any]:
   return json.loads(file.read_text()) if file.exists() else {}
 
 
-def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
+def markdown(compiled: Mapping[str, Mapping[str, Any]]) -> str:
   """A row per cell, and per model and topology the hours of both stages."""
-  compilers = sorted({', '.join(f'{n} {v}' for n, v in found['versions'].items()) for found in table.values()})
-  lines = [
-    f'{len(table)} of {len(cells(MODELS, STAGES, TOPOLOGIES))} cells, compiled with {"; ".join(compilers)}.',
-    '',
-    '| model | stage | chips | remat | GiB per chip | predicted ms (full overlap to none) | MFU | rows/s per chip '
-    '| hours |',
-    '|---|---|---|---|---|---|---|---|---|',
-  ]
-  for key, found in _ordered(table):
+  compilers = sorted({', '.join(f'{n} {v}' for n, v in found['versions'].items()) for found in compiled.values()})
+  count = f'{len(compiled)} of {len(cells(MODELS, STAGES, TOPOLOGIES))} cells, compiled with {"; ".join(compilers)}.'
+  head = ['model', 'stage', 'chips', 'remat', 'GiB per chip', 'predicted ms (full overlap to none)', 'MFU']
+  rows = []
+  for key, found in _ordered(compiled):
     memory = f'{found["used"] / GIB:.1f} of {found["capacity"] / GIB:.1f}'
     if found['fits']:
       span = f'{found["seconds"] * 1e3:.0f} ({found["seconds_low"] * 1e3:.0f} to {found["seconds_high"] * 1e3:.0f})'
@@ -109,20 +106,16 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
       rest = [span, f'{found["mfu"]:.3f}', f'{found["rows_per_second_per_device"]:.2f}', hours]
     else:
       memory, rest = f'**{memory}**', [f'does not fit: {found["suggestion"]}', '', '', '']
-    lines.append(f'| {" | ".join([*key.split(), found["remat"], memory, *rest])} |')
-  lines += [
-    '',
-    '| model | chips | predicted hours, both stages (full overlap to none) | chip-hours |',
-    '|---|---|---|---|',
-  ]
-  for (model, where), spent in recipe_hours(table).items():
+    rows.append([*key.split(), found['remat'], memory, *rest])
+  recipes = []
+  for (model, where), spent in recipe_hours(compiled).items():
     hours = [spent[name] for name in ('seconds', 'seconds_low', 'seconds_high')]
-    lines.append(
-      f'| {model} | {where} | {hours[0]:.1f} ({hours[1]:.1f} to {hours[2]:.1f}) | {spent["chip_hours"]:.0f} |'
-    )
+    span = f'{hours[0]:.1f} ({hours[1]:.1f} to {hours[2]:.1f})'
+    recipes.append([model, where, span, f'{spent["chip_hours"]:.0f}'])
   hours, chips = PAPER_HOURS
-  lines.append(f'| the paper, 7B | {chips} A100 | {hours} | {hours * chips} |')
-  return '\n'.join(lines)
+  recipes.append(['the paper, 7B', f'{chips} A100', hours, hours * chips])
+  whole = ['model', 'chips', 'predicted hours, both stages (full overlap to none)', 'chip-hours']
+  return '\n'.join([count, '', *table([*head, 'rows/s per chip', 'hours'], rows), '', *table(whole, recipes)])
 
 
 def recipe_hours(table: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:

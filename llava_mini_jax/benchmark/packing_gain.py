@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llava_mini_jax.data.packing import Fill, fill, plan
+from llava_mini_jax.markdown import table
 
 SHORTEST, LONGEST, WITH_IMAGE = 60, 400, 15 / 16
 
@@ -52,12 +53,10 @@ def gains(
 
 def describe(found: Iterator[Gain]) -> str:
   """A table in Markdown."""
-  lines = [
-    '| row: tokens, visuals | window | tokens in use, unpacked | packed | visuals in use | samples a row | plan |',
-    '|---|---|---|---|---|---|---|',
-  ]
+  head = ['row: tokens, visuals', 'window', 'tokens in use, unpacked', 'packed', 'visuals in use', 'samples a row']
+  rows = []
   for gain in found:
     row = f'{gain.length:,}, {gain.visuals}', f'{gain.window:,}', f'{gain.apart:.1%}', f'{gain.packed.tokens:.1%}'
     rest = f'{gain.packed.visuals:.1%}', f'{gain.packed.samples:.2f}', f'{gain.seconds:.1f} s'
-    lines.append(f'| {" | ".join((*row, *rest))} |')
-  return '\n'.join(lines)
+    rows.append(row + rest)
+  return '\n'.join(table([*head, 'plan'], rows))

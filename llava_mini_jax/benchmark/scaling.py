@@ -11,6 +11,7 @@ import jax
 
 from llava_mini_jax.benchmark.train_step import SIZES, JaxStep, random_batch
 from llava_mini_jax.config import require_choice
+from llava_mini_jax.markdown import table
 from llava_mini_jax.sharding import MeshError
 
 ROWS, STEPS = 8, 3
@@ -43,7 +44,6 @@ def scaling(name: str, counts: tuple[int, ...] = (1, 2, 4, 8)) -> Scaling:
 
 
 def describe(found: Scaling) -> str:
-  steps = ' | '.join(f'loss at step {i + 1}' for i in range(STEPS))
-  lines = [f'| {found.size}: devices | {steps} |', '|---' * (STEPS + 1) + '|']
-  lines += [f'| {count} | ' + ' | '.join(f'{x:.7f}' for x in losses) + ' |' for count, losses in found.losses.items()]
+  head = [f'{found.size}: devices', *(f'loss at step {i + 1}' for i in range(STEPS))]
+  lines = table(head, [[count, *(f'{x:.7f}' for x in losses)] for count, losses in found.losses.items()])
   return '\n'.join([*lines, '', f'largest difference from one device: {found.worst:.1e}'])

@@ -17,6 +17,7 @@ import numpy as np
 
 from llava_mini_jax.config import ConfigError, LlavaMiniConfig, ScanConfig, require_choice
 from llava_mini_jax.data.rows import RowShape, build_row
+from llava_mini_jax.markdown import table
 from llava_mini_jax.presets import PRESETS
 from llava_mini_jax.sharding import batch_sharding, make_mesh, use_mesh
 from llava_mini_jax.train.step import make_trainer
@@ -153,10 +154,7 @@ def compare(name: str, *, rounds: int = 10, steps: int = 1) -> Result:
 
 def describe(results: list[Result]) -> str:
   """A Markdown table: milliseconds per step, minimum / median of the rounds."""
-  lines = [
-    '| size | threads | clock | JAX ms | torch ms | JAX / torch |',
-    '|---|---|---|---|---|---|',
-  ]
+  rows = []
   for r in results:
     for clock in ('wall', 'processor'):
       times = [
@@ -164,5 +162,5 @@ def describe(results: list[Result]) -> str:
         for t in (getattr(r.jax, clock), getattr(r.torch, clock))
       ]
       ratios = f'{r.ratio(clock):.2f} / {r.ratio(clock, statistics.median):.2f}'
-      lines.append(f'| {r.size} | {r.threads} | {clock} | {times[0]} | {times[1]} | {ratios} |')
-  return '\n'.join(lines)
+      rows.append([r.size, r.threads, clock, *times, ratios])
+  return '\n'.join(table(['size', 'threads', 'clock', 'JAX ms', 'torch ms', 'JAX / torch'], rows))
