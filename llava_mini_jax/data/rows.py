@@ -63,6 +63,43 @@ def build_row(
     {tokens, targets, loss_mask, segment_ids, positions: [L], fuse_index, fuse_mask: [M T], slot_index: [M C]}
     and, with `branch`, branch_ids: [L].
   Raises:
+    DataError: as `places`.
+  """
+  at = places(ids, learn, shape, where, visuals_per_tag, untagged, fuse, fuse_token_zero)
+  is_tag, start, width = at.is_tag, at.start, at.width
+  slots = [start[i] + np.arange(width[i]) for i in np.flatnonzero(is_tag)]
+  expanded = None if branch is None else np.repeat(branch, width)
+  return {
+    **_text_fields(ids[~is_tag], learn[~is_tag], start[~is_tag], at.length, shape, expanded),
+    **_visual_fields(np.concatenate(slots) if slots else np.zeros(0, np.int64), at.fused, at.visuals, shape),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Where the parts of a sample come to lie in a row that holds them."""
+
+  is_tag: np.ndarray  # bool[n]
+  start: np.ndarray  # int64[n], the first place of each
+  width: np.ndarray  # int64[n], the places of each: all slots of a tag, one of a token
+  fused: np.ndarray  # int64[T at most], the places of the text that is fused
+  length: int
+  visuals: int
+
+
+def places(
+  ids: np.ndarray,
+  learn: np.ndarray,
+  shape: RowShape,
+  where: str,
+  visuals_per_tag: Sequence[int] | None = None,
+  untagged: int = 0,
+  fuse: np.ndarray | None = None,
+  fuse_token_zero: bool = False,
+) -> Places:
+  """Whether a sample fits a row, and how it lies there; the arguments are those of `build_row`.
+
+  Raises:
     DataError: E_TOO_LONG if the tokens, visuals or fused tokens do not fit the row; E_IMAGE_TAGS if the number
       of tags is not that of `visuals_per_tag`.
   """
@@ -77,25 +114,19 @@ def build_row(
 
   width = np.ones(len(ids), np.int64)
   width[is_tag] = per_tag * shape.tokens_per_visual
-  start = np.concatenate([[0], np.cumsum(width)])
-  length = int(start[-1])
+  start, length = np.cumsum(width) - width, int(width.sum())
   if length > shape.length:
     raise DataError('E_TOO_LONG', where, f'expected at most {shape.length} tokens with vision slots; found {length}')
 
   fusable = ~learn if fuse is None else fuse
   if not fuse_token_zero:
     fusable = fusable & (ids != 0)
-  fused_at = start[:-1][fusable & ~is_tag]
-  if visuals and len(fused_at) > shape.fused_text:
+  fused = start[fusable & ~is_tag]
+  if visuals and len(fused) > shape.fused_text:
     raise DataError(
-      'E_TOO_LONG', where, f'expected at most {shape.fused_text} instruction tokens to fuse; found {len(fused_at)}'
+      'E_TOO_LONG', where, f'expected at most {shape.fused_text} instruction tokens to fuse; found {len(fused)}'
     )
-  slots = [start[i] + np.arange(width[i]) for i in np.flatnonzero(is_tag)]
-  expanded = None if branch is None else np.repeat(branch, width)
-  return {
-    **_text_fields(ids[~is_tag], learn[~is_tag], start[:-1][~is_tag], length, shape, expanded),
-    **_visual_fields(np.concatenate(slots) if tags else np.zeros(0, np.int64), fused_at, visuals, shape),
-  }
+  return Places(is_tag, start, width, fused, length, visuals)
 
 
 def _text_fields(

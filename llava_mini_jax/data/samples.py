@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import transformers
@@ -28,7 +28,7 @@ from llava_mini_jax.data.features import Features, MixedFeatures
 from llava_mini_jax.data.images import MEAN_COLOR
 from llava_mini_jax.data.media import MediaProcessor
 from llava_mini_jax.data.records import Record, place_of
-from llava_mini_jax.data.rows import RowShape, build_row, cut
+from llava_mini_jax.data.rows import RowShape, build_row, cut, places
 from llava_mini_jax.types import IMAGE_TOKEN_ID
 
 CACHE_BYTES = 256 * 2**20  # of checked conversations and decoded images that a process keeps; the rest is read anew
@@ -136,23 +136,32 @@ class RowTransform:
   def _lay_out(
     self, encoded: Encoded, branch: np.ndarray | None, media: list[list[np.ndarray]], where: str
   ) -> dict[str, np.ndarray]:
-    per_tag = [len(visuals) for visuals in media]
-    ids, learn = encoded.ids, encoded.assistant
-    if self.truncate and branch is None and len(per_tag) == (ids == IMAGE_TOKEN_ID).sum():
-      ids, learn = cut(ids, learn, self.row, where=where, visuals_per_tag=per_tag)
-    fields = build_row(
-      ids,
-      learn,
-      self.row,
+    encoded, layout = self._cut(encoded, media, where) if branch is None else encoded, self._layout(media, where)
+    fields = build_row(encoded.ids, encoded.assistant, self.row, branch=branch, **layout)
+    if not fields['loss_mask'].any():
+      raise _nothing_to_predict(where)
+    return fields
+
+  def _check_alone(self, encoded: Encoded, media: list[list[np.ndarray]], where: str) -> None:
+    """Raises DataError if `_lay_out` of it, in a row of its own, would."""
+    encoded = self._cut(encoded, media, where)
+    at = places(encoded.ids, encoded.assistant, self.row, **self._layout(media, where))
+    if not (encoded.assistant & ~at.is_tag & (at.start > 0)).any():
+      raise _nothing_to_predict(where)
+
+  def _cut(self, encoded: Encoded, media: list[list[np.ndarray]], where: str) -> Encoded:
+    if not self.truncate or len(media) != (encoded.ids == IMAGE_TOKEN_ID).sum():
+      return encoded
+    return Encoded(*cut(encoded.ids, encoded.assistant, self.row, where=where, visuals_per_tag=list(map(len, media))))
+
+  def _layout(self, media: list[list[np.ndarray]], where: str) -> dict[str, Any]:
+    """What `build_row` and `places` are to know of a sample."""
+    return dict(
       where=where,
-      visuals_per_tag=per_tag,
+      visuals_per_tag=list(map(len, media)),
       untagged=self._untagged(media),
       fuse_token_zero=self.model.prefusion.fuse_token_zero,
-      branch=branch,
     )
-    if not fields['loss_mask'].any():  # an assistant that says nothing but the first token, which nothing predicts
-      raise DataError('E_NO_TARGET', where, 'expected a token to learn that another precedes; found none')
-    return fields
 
   def _untagged(self, media: list[list[np.ndarray]]) -> int:
     """Visuals without slots that text alone is fused with."""
@@ -212,7 +221,7 @@ class RowTransform:
     media = self.features[index] if self.features is not None else self._media(turns, record, where)
     alone = [self._encode(one, where) for one in one_question_each(turns)] if self.side_by_side else []
     for one in alone:  # else one too long would be refused in the epochs that begin with it, and left out in others
-      self._lay_out(one, None, media, where)
+      self._check_alone(one, media, where)
     return _Sample(where, turns, media, alone)
 
   def _media(self, turns: list[Turn], record: Record, where: str) -> list[list[np.ndarray]]:
@@ -220,6 +229,11 @@ class RowTransform:
     if self.augment is None:
       media = [[self.processor.views(visual) for visual in visuals] for visuals in media]
     return media
+
+
+def _nothing_to_predict(where: str) -> DataError:
+  """An assistant that says nothing but the first token."""
+  return DataError('E_NO_TARGET', where, 'expected a token to learn that another precedes; found none')
 
 
 def choose_turns(turns: Sequence[Turn], rng: np.random.Generator, most: int) -> list[Turn]:
