@@ -114,10 +114,32 @@ def _stage2(model: LlavaMiniConfig, stage: str, *, template: str, name: str) -> 
   return Experiment(model, data, train)
 
 
-def scenes_from_scratch(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
-  """Everything trains, on generated scenes (`data/scenes.py`): small models whose ablations are worth comparing."""
-  data = DataConfig(dataset='data/scenes', template='qa', row_length=96, fused_text=80, side_by_side=True, max_turns=6)
+def scenes_stage1(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
+  """For a small model what tower, language model and stage 1 are in the paper: it learns to see and to answer.
+
+  Every patch goes to the decoder, and all parameters train from random numbers, on generated scenes (`data/scenes.py`).
+  The tower is held whole, for PruMerge goes on with one layer more than the others read.
+  """
+  model = model.without_compression()
+  model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, keep_unused_layers=True))
   train = TrainConfig(
     groups=(('.*', 6e-4),), batch_size=16, epochs=epochs, weight_decay=0.05, beta2=0.99, log_every=20, save_every=500
   )
-  return Experiment(model, data, train)
+  return Experiment(model, _all_questions(slots=model.tokens_per_visual), train)
+
+
+def scenes_stage2(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
+  """On from `scenes_stage1` as the paper's stage 2 from its own: compressor and pre-fusion anew, the tower frozen."""
+  train = dataclasses.replace(
+    scenes_stage1(model, epochs=epochs).train,
+    groups=(('vision/.*', 'frozen'), ('.*', 6e-4)),
+    init_from='runs/scenes_stage1',
+    init_fresh=('(compressor|prefusion)/.*',),
+  )
+  return Experiment(model, _all_questions(slots=16), train)
+
+
+def _all_questions(*, slots: int) -> DataConfig:
+  """The questions about a scene side by side in one row, as many as fit."""
+  sizes = dict(row_length=256 + slots, fused_text=224)
+  return DataConfig(dataset='data/scenes', template='qa', side_by_side=True, **sizes)

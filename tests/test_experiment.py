@@ -40,7 +40,7 @@ ARGUMENTS = {
   **{name: [(), *((stage,) for stage in STAGES)] for name in PAPER},
   'tiny_easy_vqa': [(), ('epochs=40',)],
   'smollm2_easy_vqa': [(), ('steps=9',)],
-  'tiny_scenes': [(), ('epochs=9',)],
+  'tiny_scenes': [(), ('stage2',)],
   'benchmark_7b': [(), ('mini,2048',), ('decoder',), ('v15',)],
 }
 CASES = [(name, arguments) for name, several in ARGUMENTS.items() for arguments in several]

@@ -5,7 +5,7 @@ python launch/sweep.py configs/ablations/table11.py --workdir=runs/table11
 """
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.recipes import scenes_from_scratch
+from llava_mini_jax.recipes import scenes_stage2
 from llava_mini_jax.sweep.grid import Point, Sweep
 
 PAPER = {0: (78.5, 62.0, 64.3), 4: (80.0, 62.9, 66.2)}  # pre-fusion layers, all 576 tokens: VQAv2, GQA, MMB
@@ -14,8 +14,8 @@ PAPER = {0: (78.5, 62.0, 64.3), 4: (80.0, 62.9, 66.2)}  # pre-fusion layers, all
 def get_sweep() -> Sweep:
   points = []
   for layers, printed in PAPER.items():
-    changes = {'model.prefusion.num_layers': layers, 'model.compressor.kind': 'none', 'data.row_length': 176}
+    changes = {'model.prefusion.num_layers': layers, 'model.compressor.kind': 'none', 'data.row_length': 320}
     paper = dict(zip(('VQAv2', 'GQA', 'MMB'), printed, strict=True))
     points.append(Point(f'layers{layers}_every_patch', changes, paper, series=('every patch',)))
-  base = scenes_from_scratch(LlavaMiniConfig.preset('tiny'), epochs=2.0)
+  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.5)
   return Sweep('Table 11 at tiny size: pre-fusion without compression', base, tuple(points))

@@ -8,7 +8,7 @@ python launch/sweep.py configs/ablations/table12.py --workdir=runs/table12
 """
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.recipes import scenes_from_scratch
+from llava_mini_jax.recipes import scenes_stage2
 from llava_mini_jax.sweep.grid import Point, Sweep
 
 PAPER = {0: (1.96, 77.6, 60.9, 65.6), 1: (1.84, 76.3, 60.1, 64.5)}  # within: FLOPs (T), VQAv2, GQA, MMB
@@ -21,5 +21,5 @@ def get_sweep() -> Sweep:
     changes = {'model.compressor.within': within, 'model.compressor.space': 'llm', 'model.prefusion.num_layers': layers}
     paper = dict(zip(('FLOPs (T)', 'VQAv2', 'GQA', 'MMB'), printed, strict=True))
     points.append(Point(f'within{within}' if within else 'outside', changes, paper, ('placement',)))
-  base = scenes_from_scratch(LlavaMiniConfig.preset('tiny'), epochs=2.0)
+  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.5)
   return Sweep('Table 12 at tiny size: outside or within the language model', base, tuple(points))

@@ -7,7 +7,7 @@ python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6
 """
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.recipes import scenes_from_scratch
+from llava_mini_jax.recipes import scenes_stage2
 from llava_mini_jax.sweep.grid import Point, Sweep
 
 PAPER = {  # (pre-fusion layers, tokens): FLOPs (T), VQAv2, GQA, MMB; three layers are printed as 1.81
@@ -32,10 +32,10 @@ def get_sweep() -> Sweep:
     points.append(
       Point(
         name='every_patch' if every else f'layers{layers}_tokens{GRIDS[tokens] ** 2}',
-        changes=changes | {'model.compressor.grid': GRIDS.get(tokens, 1), 'data.row_length': 176 if every else 96},
+        changes=changes | {'model.compressor.grid': GRIDS.get(tokens, 1), 'data.row_length': 320 if every else 272},
         paper=dict(zip(('tokens', 'FLOPs (T)', 'VQAv2', 'GQA', 'MMB'), (tokens, *printed), strict=True)),
         series=('pre-fusion, 1 token',) * (tokens == 1) + ('no pre-fusion',) * (layers == 0),
       )
     )
-  base = scenes_from_scratch(LlavaMiniConfig.preset('tiny'), epochs=2.0)
+  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.5)
   return Sweep('Table 6 at tiny size: pre-fusion layers and tokens', base, tuple(points))

@@ -9,7 +9,7 @@ python launch/sweep.py configs/ablations/table7.py --workdir=runs/table7 --datas
 """
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.recipes import scenes_from_scratch
+from llava_mini_jax.recipes import scenes_stage2
 from llava_mini_jax.sweep.grid import Point, Sweep
 
 GRIDS = {1: 1, 16: 2, 64: 3, 144: 4, 576: 8}  # the paper's tokens: ours, a side
@@ -25,10 +25,10 @@ def get_sweep() -> Sweep:
       points.append(
         Point(
           name=f'pixels{64 * crops}_tokens{grid**2}',
-          changes=changes | {'data.row_length': 176 if grid == 8 else 96},
+          changes=changes | {'data.row_length': 320 if grid == 8 else 272},
           paper={'pixels': 336 * crops, 'tokens': paper},
           series=(f'{64 * crops} pixels',),
         )
       )
-  base = scenes_from_scratch(LlavaMiniConfig.preset('tiny'), epochs=2.0)
+  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.5)
   return Sweep('Table 7 at tiny size: resolution and tokens', base, tuple(points))

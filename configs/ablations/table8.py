@@ -5,7 +5,7 @@ python launch/sweep.py configs/ablations/table8.py --workdir=runs/table8
 """
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.recipes import scenes_from_scratch
+from llava_mini_jax.recipes import scenes_stage2
 from llava_mini_jax.sweep.grid import Point, Sweep
 
 PAPER = {  # (compressor, tokens): FLOPs (T), VQAv2, GQA, MMB; queries are printed as 2.42 and 2.44 G more
@@ -22,5 +22,5 @@ def get_sweep() -> Sweep:
     changes = {'model.compressor.kind': kind, 'model.compressor.grid': round(tokens**0.5)}
     paper = dict(zip(('FLOPs (T)', 'VQAv2', 'GQA', 'MMB'), printed, strict=True))
     points.append(Point(f'{kind}_tokens{tokens}', changes | {'model.prefusion.num_layers': 4}, paper, (kind,)))
-  base = scenes_from_scratch(LlavaMiniConfig.preset('tiny'), epochs=2.0)
+  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.5)
   return Sweep('Table 8 at tiny size: what compresses', base, tuple(points))

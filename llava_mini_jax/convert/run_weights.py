@@ -8,6 +8,7 @@ reads its own slice of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.convert.tensor_files import TensorFiles, read_json
+from llava_mini_jax.convert.tensor_files import CHECKSUMS, TensorFiles, read_json
 from llava_mini_jax.convert.tensor_writer import Planned, write_tensors
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import CheckpointError, mismatches
+from llava_mini_jax.train.stored import StoredCheckpoints
 from llava_mini_jax.train.tree import parameter_shapes
 
 WEIGHTS, EXPERIMENT, CHECKPOINTS = 'weights', 'experiment.json', 'checkpoints'
@@ -77,6 +79,16 @@ def newest_step(workdir: str | Path) -> int | None:
   if jax.process_count() > 1:  # each may see another as the newest
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
   return step
+
+
+def weights_fingerprint(workdir: str | Path) -> str:
+  """sha256 that says which weights a run holds, imported or the newest of its training; none of them is read.
+
+  Raises CheckpointError: there are none, or what is stored beside them is damaged.
+  """
+  if not is_imported(workdir):
+    return StoredCheckpoints(Path(workdir) / CHECKPOINTS).checksum()
+  return hashlib.sha256((Path(workdir) / WEIGHTS / CHECKSUMS).read_bytes()).hexdigest()
 
 
 def open_weights(workdir: Path, model: LlavaMiniConfig, *, verify: bool = True) -> TensorFiles:

@@ -118,8 +118,12 @@ class Inputs:
 
 
 def tokenizer_directory(config: DataConfig, start: str = '') -> Path:
-  """The one named, else that of the run to start from, else that of the (first) dataset."""
+  """The one named, else that of the run to start from, else that of the (first) dataset.
+
+  Raises ConfigError: there is no such run."""
   if start and not config.tokenizer:
+    if not Path(start).is_dir():
+      raise ConfigError(f'train.init_from: expected the directory of a run or of an import; found none at {start}')
     return Path(start) / 'tokenizer'
   return Path(config.tokenizer or Path(config.mixture[0][0] if config.mixture else config.dataset) / 'tokenizer')
 

@@ -10,6 +10,7 @@ category). A blind reader is at chance, because answers are drawn and not found:
 | more | are there more red or blue things? (never as many) | the two |
 | bigger | is the red cross bigger than the blue circle? (never as big) | yes, no |
 | relation | is the red cross left of the blue circle? (or right of, above, below; by 4 pixels of 64) | yes, no |
+| place | what is in row 2, column 3? (of 4 by 4; asked of every object) | 96, as large red cross |
 
 Colors, shapes and sizes of a scene are drawn independently of each other and of the places, none preferred to another:
 to exchange two values, or two objects, changes the answer and neither the question nor its probability.
@@ -47,7 +48,7 @@ SHAPES = ('circle', 'square', 'triangle', 'cross')
 SIZES = {'small': 3, 'medium': 5, 'large': 7}  # radius in units of a 64th of the picture
 VALUES = dict(color=tuple(COLORS), shape=SHAPES, size=tuple(SIZES))
 RELATIONS = {'left of': (0, 1), 'right of': (0, -1), 'above': (1, 1), 'below': (1, -1)}  # axis, sign of the difference
-CATEGORIES = ('color', 'shape', 'size', 'count', 'more', 'bigger', 'relation')
+CATEGORIES = ('color', 'shape', 'size', 'count', 'more', 'bigger', 'relation', 'place')
 FEWEST, MOST, HIGHEST_COUNT = 4, 9, 4
 MARGIN = 4  # units between the centres that a relation is asked about
 _CELLS, _UNITS = 4, 64  # per side
@@ -213,7 +214,18 @@ def _questions(things: Sequence[Thing], counted: dict[str, tuple[str, int]], cha
     distance = sign * (b.center[axis] - a.center[axis])
     return None if abs(distance) < MARGIN else _yes_or_no('relation', a, words, b, distance > 0)
 
-  return chance.order(asked + _first(bigger, pairs) + _first(relation, chance.order(pairs)))
+  return chance.order(asked + _first(bigger, pairs) + _first(relation, chance.order(pairs)) + _places(things))
+
+
+def _places(things: Sequence[Thing]) -> list[Question]:
+  """What every object is, asked by the cell of the grid that it is in."""
+  cell = _UNITS // _CELLS
+  asked = []
+  for thing in things:
+    column, row = (at // cell + 1 for at in thing.center)
+    answer = f'{thing.size} {thing.color} {thing.shape}'
+    asked.append(Question('place', f'what is in row {row}, column {column}?', answer))
+  return asked
 
 
 def _first(ask: Callable[[Thing, Thing], Question | None], pairs: Sequence[tuple[Thing, Thing]]) -> list[Question]:

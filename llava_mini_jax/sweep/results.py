@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mini_jax.config import ConfigError
+from llava_mini_jax.convert.run_weights import weights_fingerprint
 from llava_mini_jax.data.inputs import load_inputs
 from llava_mini_jax.data.records import open_split
 from llava_mini_jax.experiment import Experiment
@@ -51,10 +52,13 @@ def dataset_of(experiment: Experiment) -> Path:
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
-  """What may not differ: the config, and what the trainer compares beside it."""
+  """What may not differ: the config, what the trainer compares beside it, and the weights that it starts from."""
   train = experiment.train
   inputs = load_inputs(experiment.data, experiment.model, seed=train.seed, start=train.init_from)
-  return dict(fingerprints=inputs.fingerprints(), config=_plain(experiment))
+  prints = inputs.fingerprints()
+  if train.init_from:
+    prints['start'] = weights_fingerprint(train.init_from)
+  return dict(fingerprints=prints, config=_plain(experiment))
 
 
 def _plain(experiment: Experiment) -> dict[str, Any]:
@@ -76,7 +80,8 @@ def read_result(directory: Path, experiment: Experiment, asked: Asked) -> dict[s
 
   Raises:
     ConfigError: it is that of another config or of other data; the message says what differs.
-    DataError: the dataset that it is to be compared with is missing or damaged.
+    DataError, CheckpointError: the dataset that it is to be compared with, or the run that it starts from, is missing
+      or damaged.
   """
   file = directory / RESULT
   if not file.is_file():

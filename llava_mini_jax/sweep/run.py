@@ -33,7 +33,7 @@ from llava_mini_jax.sweep.results import (
   write_result,
 )
 from llava_mini_jax.train import goodput
-from llava_mini_jax.train.errors import TrainingError
+from llava_mini_jax.train.errors import CheckpointError, TrainingError
 from llava_mini_jax.train.lock import only_trainer
 from llava_mini_jax.train.loop import train
 from llava_mini_jax.train.preemption import Preemption
@@ -105,7 +105,7 @@ def _is_finished(directory: Path, experiment: Experiment, asked: Asked) -> bool:
   if is_writer():
     try:
       finished = read_result(directory, experiment, asked) is not None
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
       fault = str(error)
   if fault := first_fault(fault):
     raise ConfigError(fault)

@@ -59,6 +59,14 @@ class StoredCheckpoints:
     """
     return self._record(self.require(step)).meta
 
+  def checksum(self, step: int | None = None) -> str:
+    """Of the meta and every leaf, as they were saved; no array is read. Any process may call it alone.
+
+    Raises as `meta`.
+    """
+    step = self.require(step)
+    return self._parse(step).checksum(step)
+
   def restore(self, abstract: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state, in the shardings of `abstract`, and the meta. Every process of a run calls it.
 

@@ -219,6 +219,24 @@ def test_a_result_of_other_data_is_refused_and_of_data_that_moved_kept(tmp_path,
       outcomes(changes, tmp_path)
 
 
+def test_a_result_from_another_start_is_refused(tmp_path, stub, data):
+  """The weights that all points begin with may have been trained anew in the same place."""
+  start = tmp_path / 'start'
+  (start / 'weights').mkdir(parents=True)
+  shutil.copytree(data / 'tokenizer', start / 'tokenizer')
+  sums = start / 'weights' / 'SHA256SUMS'
+  sums.write_text('0a  model.safetensors\n')
+  sweep = tiny(base=changed(experiment(data), {'train.init_from': str(start)}))
+  outcomes(sweep, tmp_path)
+  assert outcomes(sweep, tmp_path) == [KEPT] * 4
+  sums.write_text('0b  model.safetensors\n')
+  with pytest.raises(ConfigError, match=r'use another --workdir:\n  fingerprints\.start: was .*, is [^\n]*$'):
+    outcomes(sweep, tmp_path)
+  shutil.rmtree(start / 'weights')
+  with pytest.raises(ConfigError, match='^no checkpoint in '):
+    outcomes(sweep, tmp_path)
+
+
 def test_a_result_without_fingerprints_is_compared_by_its_config(tmp_path, stub, data):
   sweep = tiny(data)
   outcomes(sweep, tmp_path)
@@ -291,11 +309,12 @@ def sixteen_scenes(tmp_path_factory) -> Path:
 @pytest.mark.parametrize('file', ABLATIONS, ids=lambda path: path.stem)
 def test_ablations(file, sixteen_scenes):
   """Every point of every file fits: a model can be built, rows hold its tokens, and it costs something."""
-  sweep = load_sweep(file, {'data.dataset': str(sixteen_scenes), 'train.batch_size': 8}, (0,))
+  changes = {'data.dataset': str(sixteen_scenes), 'train.batch_size': 4, 'train.init_from': ''}
+  sweep = load_sweep(file, changes, (0,))
   for point, seed in sweep.runs():
     experiment = sweep.experiment(point, seed)
     found = cost(experiment)
-    assert found.steps == 4 and 0 < found.prompt_flops < found.training_flops
+    assert found.steps == 2 and 0 < found.prompt_flops < found.training_flops
     assert found.tokens + experiment.data.fused_text <= experiment.data.row_length
     if named := re.search(r'tokens(\d+)', point.name):
       assert int(named[1]) == found.tokens

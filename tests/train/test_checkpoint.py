@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llava_mini_jax.sharding import make_mesh
 from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import CheckpointError
+from llava_mini_jax.train.stored import StoredCheckpoints
 from llava_mini_jax.train.tree import flatten, unflatten
 
 # data × fsdp × tensor; the last one covers one device of the eight
@@ -357,3 +358,18 @@ def test_a_damaged_checkpoint_is_named(saved, tmp_path, file, damage):
   with Checkpoints(directory) as checkpoints, pytest.raises(CheckpointError) as error:
     checkpoints.restore(abstract(put(values(), mesh_of('one'))))
   assert str(error.value).startswith(f'{directory}/3 is damaged')
+
+
+def test_a_checksum_says_whether_weights_are_the_same(saved, tmp_path):
+  """Whatever mesh wrote them; a run that went on, or was trained anew, has another."""
+
+  def checksum(tree, step: int) -> str:
+    directory = tmp_path / str(len(list(tmp_path.iterdir())))
+    with Checkpoints(directory) as checkpoints:
+      checkpoints.save(step, put(tree, mesh_of('all')), {'data': {'global_next_index': 24}})
+    return StoredCheckpoints(directory).checksum()
+
+  other = values()
+  other['params']['half']['rows'][3, 1, 0] += 1
+  assert StoredCheckpoints(saved).checksum(3) == checksum(values(), 3)
+  assert len({checksum(values(), 3), checksum(values(), 4), checksum(other, 3)}) == 3

@@ -120,6 +120,10 @@ def test_the_tokenizer_comes_along(base, tmp_path):
   assert load_inputs(run.data, run.model, start=str(tmp_path)).tokenizer.get_vocab()
   named = dataclasses.replace(run.data, tokenizer='elsewhere')
   assert str(tokenizer_directory(named, str(tmp_path))) == 'elsewhere'
+  with pytest.raises(ConfigError) as error:
+    load_inputs(run.data, run.model, start=str(tmp_path / 'none'))
+  expected = 'train.init_from: expected the directory of a run or of an import; found none at'
+  assert str(error.value) == f'{expected} {tmp_path / "none"}'
 
 
 def test_what_is_loaded_is_in_memory_once(base, monkeypatch):
