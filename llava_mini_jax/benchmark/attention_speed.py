@@ -16,6 +16,7 @@ from llava_mini_jax.markdown import table
 from llava_mini_jax.models.attention import attend_on_cpu
 
 # rows, tokens, query heads, key heads, width of a head, causal: the tower at `medium`, the decoder, with shared keys
+TOLERANCE = 1e-3
 SHAPES = ((2, 577, 8, 8, 64, False), (2, 640, 8, 8, 64, True), (2, 640, 8, 2, 64, True))
 
 
@@ -28,38 +29,46 @@ class Speed:
 
 
 def speeds(rounds: int) -> Iterator[Speed]:
-  """Raises ConfigError: torch is not installed."""
+  """Raises ConfigError: torch is not installed. ArithmeticError: two of the systems give other values."""
   if not importlib.util.find_spec('torch'):
     raise ConfigError("attention: expected the package torch; pip install -e '.[convert]'")
   for shape in SHAPES:
-    rows, length, heads, shared, width, causal = shape
+    rows, length, queries, shared, width, causal = shape
     rng = np.random.default_rng(0)
-    heads = [rng.normal(size=(rows, length, n, width)).astype(np.float32) for n in (heads, shared, shared)]
-    for system, attend in (('attend_on_cpu', attend_on_cpu), ('jax.nn', jax.nn.dot_product_attention)):
-      yield Speed(shape, system, *_jax_times(attend, heads, causal, rounds))
-    yield Speed(shape, 'torch', *_torch_times(heads, causal, rounds))
+    heads = [rng.normal(size=(rows, length, n, width)).astype(np.float32) for n in (queries, shared, shared)]
+    expected = None
+    for system, attend in (
+      ('attend_on_cpu', _in_jax(attend_on_cpu, heads, causal)),
+      ('jax.nn', _in_jax(jax.nn.dot_product_attention, heads, causal)),
+      ('torch', _in_torch(heads, causal)),
+    ):
+      forward, both = attend
+      found = [np.asarray(x) for x in (forward(), *both())]
+      expected = expected or found
+      if (worst := max(float(abs(a - b).max()) for a, b in zip(found, expected, strict=True))) > TOLERANCE:
+        raise ArithmeticError(f'attention: expected values within {TOLERANCE}; {system} differs by {worst}')
+      yield Speed(shape, system, _least(forward, rounds), _least(both, rounds))
 
 
-def _jax_times(attend: Callable, heads: list[np.ndarray], causal: bool, rounds: int) -> tuple[float, float]:
+def _in_jax(attend: Callable, heads: list[np.ndarray], causal: bool) -> tuple[Callable, Callable]:
+  """Calls that return when the output is there, [B T N H]; or the gradients of the sum of its squares."""
   (rows, length), arrays = heads[0].shape[:2], [jnp.asarray(x) for x in heads]
   mask = jnp.tril(jnp.ones((rows, 1, length, length), bool)) if causal else None
   forward = jax.jit(lambda mask, *heads: attend(*heads, mask=mask))
   both = jax.jit(jax.grad(lambda mask, *heads: jnp.square(forward(mask, *heads)).sum(), argnums=(1, 2, 3)))
-  run = [lambda f=f: jax.block_until_ready(f(mask, *arrays)) for f in (forward, both)]
-  return _least(run[0], rounds), _least(run[1], rounds)
+  return tuple(lambda f=f: jax.block_until_ready(f(mask, *arrays)) for f in (forward, both))
 
 
-def _torch_times(heads: list[np.ndarray], causal: bool, rounds: int) -> tuple[float, float]:
+def _in_torch(heads: list[np.ndarray], causal: bool) -> tuple[Callable, Callable]:
   import torch
 
-  tensors = [torch.from_numpy(x).transpose(1, 2).contiguous().requires_grad_() for x in heads]
+  leaves = [torch.from_numpy(x).requires_grad_() for x in heads]
 
-  def forward() -> torch.Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal, enable_gqa=True)
+  def attend() -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
-  with torch.no_grad():
-    alone = _least(forward, rounds)
-  return alone, _least(lambda: torch.autograd.grad(forward().square().sum(), tensors), rounds)
+  return torch.no_grad()(attend), lambda: torch.autograd.grad(attend().square().sum(), leaves)
 
 
 def _least(run: Callable[[], object], rounds: int) -> float:
