@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from llava_mini_jax.config import LlavaMiniConfig, require_choice
 from llava_mini_jax.recipes import scenes_stage1, scenes_stage2
 
-STAGES = {'stage1': (scenes_stage1, 4.0), 'stage2': (scenes_stage2, 0.5)}  # and epochs
+STAGES = {'stage1': (scenes_stage1, 4.0), 'stage2': (scenes_stage2, 0.4)}  # and epochs
 
 
 def get_config(stage: str = 'stage1') -> ConfigDict:

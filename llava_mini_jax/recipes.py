@@ -27,6 +27,7 @@ from llava_mini_jax.experiment import DataConfig, Experiment, TrainConfig
 
 STAGES = ('stage1', 'stage1_full', 'stage2', 'stage2_hd', 'stage2_video', 'stage2_lora', 'finetune_qlora')
 FRAMES = 60
+SCENE_TEXT = 280  # tokens of text that every generated scene's questions and answers fit in
 VISUAL_COUNTS = (1, 8, FRAMES)  # of a batch: an image, a few of them or a short clip, a video
 
 
@@ -125,21 +126,25 @@ def scenes_stage1(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
   train = TrainConfig(
     groups=(('.*', 6e-4),), batch_size=16, epochs=epochs, weight_decay=0.05, beta2=0.99, log_every=20, save_every=500
   )
-  return Experiment(model, _all_questions(slots=model.tokens_per_visual), train)
+  return Experiment(model, _side_by_side(text=256, slots=model.tokens_per_visual), train)
 
 
 def scenes_stage2(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
-  """On from `scenes_stage1` as the paper's stage 2 from its own: compressor and pre-fusion anew, the tower frozen."""
+  """On from `scenes_stage1` as the paper's stage 2 from its own: compressor and pre-fusion anew, the tower frozen.
+
+  A point of a sweep with other tokens sets `data.row_length` to `SCENE_TEXT` and its tokens, so that all points are
+  taught the same questions: all of them.
+  """
   train = dataclasses.replace(
     scenes_stage1(model, epochs=epochs).train,
     groups=(('vision/.*', 'frozen'), ('.*', 6e-4)),
     init_from='runs/scenes_stage1',
     init_fresh=('(compressor|prefusion)/.*',),
   )
-  return Experiment(model, _all_questions(slots=16), train)
+  return Experiment(model, _side_by_side(text=SCENE_TEXT, slots=model.tokens_per_visual), train)
 
 
-def _all_questions(*, slots: int) -> DataConfig:
-  """The questions about a scene side by side in one row, as many as fit."""
-  sizes = dict(row_length=256 + slots, fused_text=224)
+def _side_by_side(*, text: int, slots: int) -> DataConfig:
+  """The questions about a scene in one row, as many as fit."""
+  sizes = dict(row_length=text + slots, fused_text=224)
   return DataConfig(dataset='data/scenes', template='qa', side_by_side=True, **sizes)

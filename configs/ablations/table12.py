@@ -4,6 +4,7 @@ Its layer in the paper is not printed. Inside, the compressor works in the space
 outside that it is compared with.
 
 python launch/prepare_data.py --source=scenes --scenes=20000 --seed=0 --out=data/scenes
+python launch/train.py --config=configs/tiny_scenes.py:stage1 --workdir=runs/scenes_stage1
 python launch/sweep.py configs/ablations/table12.py --workdir=runs/table12
 """
 
@@ -21,5 +22,5 @@ def get_sweep() -> Sweep:
     changes = {'model.compressor.within': within, 'model.compressor.space': 'llm', 'model.prefusion.num_layers': layers}
     paper = dict(zip(('FLOPs (T)', 'VQAv2', 'GQA', 'MMB'), printed, strict=True))
     points.append(Point(f'within{within}' if within else 'outside', changes, paper, ('placement',)))
-  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.5)
+  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.4)
   return Sweep('Table 12 at tiny size: outside or within the language model', base, tuple(points))

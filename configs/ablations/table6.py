@@ -3,11 +3,12 @@
 The paper's 16, 64 and 144 of 576 tokens become 4, 9 and 16 of 64.
 
 python launch/prepare_data.py --source=scenes --scenes=20000 --seed=0 --out=data/scenes
+python launch/train.py --config=configs/tiny_scenes.py:stage1 --workdir=runs/scenes_stage1
 python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6
 """
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.recipes import scenes_stage2
+from llava_mini_jax.recipes import SCENE_TEXT, scenes_stage2
 from llava_mini_jax.sweep.grid import Point, Sweep
 
 PAPER = {  # (pre-fusion layers, tokens): FLOPs (T), VQAv2, GQA, MMB; three layers are printed as 1.81
@@ -27,15 +28,15 @@ GRIDS = {1: 1, 16: 2, 64: 3, 144: 4}  # the paper's tokens: ours, a side
 def get_sweep() -> Sweep:
   points = []
   for (layers, tokens), printed in PAPER.items():
-    every = tokens == 576
+    every, side = tokens == 576, GRIDS.get(tokens, 1)
     changes = {'model.prefusion.num_layers': layers, 'model.compressor.kind': 'none' if every else 'query'}
     points.append(
       Point(
-        name='every_patch' if every else f'layers{layers}_tokens{GRIDS[tokens] ** 2}',
-        changes=changes | {'model.compressor.grid': GRIDS.get(tokens, 1), 'data.row_length': 320 if every else 272},
+        name='every_patch' if every else f'layers{layers}_tokens{side**2}',
+        changes=changes | {'model.compressor.grid': side, 'data.row_length': SCENE_TEXT + (64 if every else side**2)},
         paper=dict(zip(('tokens', 'FLOPs (T)', 'VQAv2', 'GQA', 'MMB'), (tokens, *printed), strict=True)),
         series=('pre-fusion, 1 token',) * (tokens == 1) + ('no pre-fusion',) * (layers == 0),
       )
     )
-  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.5)
+  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.4)
   return Sweep('Table 6 at tiny size: pre-fusion layers and tokens', base, tuple(points))

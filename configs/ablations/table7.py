@@ -5,11 +5,12 @@ drawn at 128 pixels, in both. The paper's 16, 64, 144 and 576 tokens become 4, 9
 336 pixels have no counterpart, for there is nothing between 1 and 4.
 
 python launch/prepare_data.py --source=scenes --scenes=20000 --seed=0 --scene_pixels=128 --out=data/scenes_128
+python launch/train.py --config=configs/tiny_scenes.py:stage1 --workdir=runs/scenes_stage1
 python launch/sweep.py configs/ablations/table7.py --workdir=runs/table7 --dataset=data/scenes_128
 """
 
 from llava_mini_jax.config import LlavaMiniConfig
-from llava_mini_jax.recipes import scenes_stage2
+from llava_mini_jax.recipes import SCENE_TEXT, scenes_stage2
 from llava_mini_jax.sweep.grid import Point, Sweep
 
 GRIDS = {1: 1, 16: 2, 64: 3, 144: 4, 576: 8}  # the paper's tokens: ours, a side
@@ -25,10 +26,10 @@ def get_sweep() -> Sweep:
       points.append(
         Point(
           name=f'pixels{64 * crops}_tokens{grid**2}',
-          changes=changes | {'data.row_length': 320 if grid == 8 else 272},
+          changes=changes | {'data.row_length': SCENE_TEXT + grid**2},
           paper={'pixels': 336 * crops, 'tokens': paper},
           series=(f'{64 * crops} pixels',),
         )
       )
-  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.5)
+  base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.4)
   return Sweep('Table 7 at tiny size: resolution and tokens', base, tuple(points))

@@ -64,11 +64,11 @@ class _replaced:
 
 
 def _flat(result: Result) -> dict[str, Any]:
-  shares = {
-    f'{images}_{name}'.replace(' ', '_'): value
-    for images in ('real', 'blank')
-    for name, value in result[images].items()
-  }
+  shares = {}
+  for images in ('real', 'blank'):
+    found = result[images]
+    shares |= {f'{images}_questions': found['count'], f'{images}_accuracy': found['accuracy']}
+    shares |= {f'{images}_accuracy_{name}'.replace(' ', '_'): value for name, value in found['by_category'].items()}
   return dict(
     point=result['point'],
     seed=result['seed'],
@@ -79,16 +79,17 @@ def _flat(result: Result) -> dict[str, Any]:
   )
 
 
-def statistics(results: Sequence[Result], images: str = 'real', name: str = 'accuracy') -> tuple[float, float | None]:
-  """Mean over seeds, and standard deviation of the sample if there are several."""
-  values = np.array([result[images][name] for result in results])
+def statistics(results: Sequence[Result], images: str = 'real', category: str = '') -> tuple[float, float | None]:
+  """Mean over seeds, and standard deviation of the sample if there are several; of a category, or of all questions."""
+  parts = (result[images] for result in results)
+  values = np.array([part['by_category'][category] if category else part['accuracy'] for part in parts])
   return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def markdown(sweep: Sweep, results: Sequence[Result]) -> str:
   """A line per point that has results; percent."""
   groups = _by_point(sweep, results)
-  categories = sorted({name for result in results for name in result['real']} - {'accuracy', 'count'})
+  categories = sorted({name for result in results for name in result['real']['by_category']})
   paper = list(dict.fromkeys(name for point in sweep.points for name in point.paper))
   head = ['point', 'layers', 'tokens', 'FLOPs', 'seeds', 'all', *categories, 'blank images']
   head += [f'paper: {name}' for name in paper]
@@ -98,7 +99,7 @@ def markdown(sweep: Sweep, results: Sequence[Result]) -> str:
       continue
     one = found[0]
     cells = [point.name, one['layers'], one['cost']['tokens'], f'{one["cost"]["prompt_flops"]:.3g}', len(found)]
-    cells += [_percent(*statistics(found, 'real', name)) for name in ('accuracy', *categories)]
+    cells += [_percent(*statistics(found, 'real', name)) for name in ('', *categories)]
     cells += [_percent(*statistics(found, 'blank')), *(point.paper.get(name, '') for name in paper)]
     rows.append(cells)
   missing = len(sweep.points) * len(sweep.seeds) - len(results)

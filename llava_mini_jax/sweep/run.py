@@ -120,8 +120,8 @@ def _evaluated(experiment: Experiment, directory: Path, asked: Asked, batch_size
   for images in ('real', 'blank'):
     out = directory / 'evaluation'
     summary = evaluate(answerer, dataset_of(experiment), asked.split, out, images=images, **options)
-    shares[images] = dict(accuracy=summary['accuracy'], count=summary['count'])
-    shares[images] |= {name: part['accuracy'] for name, part in summary['by_category'].items()}
+    categories = {name: part['accuracy'] for name, part in summary['by_category'].items()}
+    shares[images] = dict(accuracy=summary['accuracy'], count=summary['count'], by_category=categories)
   layers = experiment.model.prefusion.num_layers
   return dict(**shares, layers=layers, cost=dataclasses.asdict(_cost(experiment, directory)))
 

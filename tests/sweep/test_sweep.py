@@ -101,7 +101,10 @@ def stub(monkeypatch):
 
   def evaluated(experiment, *_):
     share = 0.5 + 0.1 * experiment.model.prefusion.num_layers + 0.02 * experiment.train.seed
-    parts = dict(real=dict(accuracy=share, count=9, color=share), blank=dict(accuracy=0.25, count=9, color=0.25))
+    parts = {
+      name: dict(accuracy=right, count=9, by_category=dict(color=right, count=right / 2))
+      for name, right in dict(real=share, blank=0.25).items()
+    }
     costs = dict(tokens=1, prompt_flops=1e6 * (1 + experiment.model.prefusion.num_layers), steps=6, training_flops=1e9)
     return parts | dict(layers=experiment.model.prefusion.num_layers, cost=costs)
 
@@ -284,9 +287,13 @@ def test_the_report(tmp_path, stub, data):
     ('layers1', '0', 0.6),
     ('layers1', '1', 0.62),
   ]
+  assert [(row['real_questions'], row['real_accuracy_count'], row['blank_accuracy_color']) for row in rows[:2]] == [
+    ('9', '0.25', '0.25'),
+    ('9', '0.26', '0.25'),
+  ]
   lines = (tmp_path / 'out' / 'table.md').read_text().splitlines()
-  assert lines[2] == '| point | layers | tokens | FLOPs | seeds | all | color | blank images | paper: VQAv2 |'
-  assert lines[4] == '| layers0 | 0 | 1 | 1e+06 | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 25.0 ± 0.0 | 70.0 |'
+  assert lines[2] == '| point | layers | tokens | FLOPs | seeds | all | color | count | blank images | paper: VQAv2 |'
+  assert lines[4] == '| layers0 | 0 | 1 | 1e+06 | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 25.5 ± 0.7 | 25.0 ± 0.0 | 70.0 |'
   assert lines[-1].startswith('4 runs; 0 to come.')
   for path in paths[2:]:
     image = np.asarray(Image.open(path).convert('RGB')).reshape(-1, 3)
@@ -314,7 +321,7 @@ def test_ablations(file, sixteen_scenes):
   for point, seed in sweep.runs():
     experiment = sweep.experiment(point, seed)
     found = cost(experiment)
-    assert found.steps == 2 and 0 < found.prompt_flops < found.training_flops
+    assert found.steps == 1 and 0 < found.prompt_flops < found.training_flops
     assert found.tokens + experiment.data.fused_text <= experiment.data.row_length
     if named := re.search(r'tokens(\d+)', point.name):
       assert int(named[1]) == found.tokens
