@@ -1,6 +1,7 @@
 """Trains and evaluates a grid of configs, and draws up its table and plots.
 
 python launch/prepare_data.py --source=scenes --scenes=20000 --seed=0 --out=data/scenes
+python launch/train.py --config=configs/tiny_scenes.py:stage1 --workdir=runs/scenes_stage1
 python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6
 python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6 --estimate
 python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6 --report

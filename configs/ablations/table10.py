@@ -1,7 +1,9 @@
 """The paper's Table 10 at tiny size: compressors without pre-fusion, on generated scenes.
 
 The paper's tokens are of 576, ours of 64 in about the same share, and PruMerge merges 4 neighbours for its 32. Each
-number of mqt's tokens is trained by itself; the paper's are one model, trained with all and asked with fewer.
+number of mqt's tokens is trained by itself; the paper's are one model, trained with all and asked with fewer. PruMerge
+keeps what a layer's class token attends to: CLIP has learnt that, but here the layer is as it was initialised, so that
+it keeps patches at random.
 
 python launch/prepare_data.py --source=scenes --scenes=20000 --seed=0 --out=data/scenes
 python launch/train.py --config=configs/tiny_scenes.py:stage1 --workdir=runs/scenes_stage1

@@ -81,14 +81,20 @@ def newest_step(workdir: str | Path) -> int | None:
   return step
 
 
-def weights_fingerprint(workdir: str | Path) -> str:
-  """sha256 that says which weights a run holds, imported or the newest of its training; none of them is read.
+def weights_fingerprint(workdir: str | Path, step: int | None = None) -> str:
+  """sha256 that says which weights a run holds, imported or of a step of its training; none of them is read.
 
-  Raises CheckpointError: there are none, or what is stored beside them is damaged.
+  Args:
+    step: None = the newest.
+  Raises:
+    CheckpointError: there are none, or what is stored beside them is damaged or missing.
   """
   if not is_imported(workdir):
-    return StoredCheckpoints(Path(workdir) / CHECKPOINTS).checksum()
-  return hashlib.sha256((Path(workdir) / WEIGHTS / CHECKSUMS).read_bytes()).hexdigest()
+    return StoredCheckpoints(Path(workdir) / CHECKPOINTS).checksum(step)
+  files = [Path(workdir) / WEIGHTS / name for name in (CHECKSUMS, EXPERIMENT)]
+  if missing := [str(file) for file in files if not file.is_file()]:
+    raise CheckpointError(f'{workdir}: expected what import wrote; found no {" and no ".join(missing)}')
+  return hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
 
 
 def open_weights(workdir: Path, model: LlavaMiniConfig, *, verify: bool = True) -> TensorFiles:

@@ -120,7 +120,8 @@ class Inputs:
 def tokenizer_directory(config: DataConfig, start: str = '') -> Path:
   """The one named, else that of the run to start from, else that of the (first) dataset.
 
-  Raises ConfigError: there is no such run."""
+  Raises ConfigError: there is no such run.
+  """
   if start and not config.tokenizer:
     if not Path(start).is_dir():
       raise ConfigError(f'train.init_from: expected the directory of a run or of an import; found none at {start}')

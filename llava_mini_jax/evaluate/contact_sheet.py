@@ -31,12 +31,11 @@ def contact_sheet(
     axis.axis('off')
     axis.imshow(image, interpolation='nearest')
     axis.set_anchor('NW')
-    axis.set_title(question, fontsize=8, loc='left', pad=3)
+    axis.set_title(question, fontsize=8, loc='left', pad=3, parse_math=False)
     color = RIGHT if row['correct'] else WRONG
-    axis.annotate(
-      answer, (0, 0), (0, -3), 'axes fraction', 'offset points', fontsize=8, color=color, va='top', weight='bold'
-    )
-  figure.suptitle(title, fontsize=11, y=1 - 0.1 / high, va='top')
+    style = dict(fontsize=8, color=color, va='top', weight='bold', parse_math=False)
+    axis.annotate(answer, (0, 0), (0, -3), 'axes fraction', 'offset points', **style)
+  figure.suptitle(title, fontsize=11, y=1 - 0.1 / high, va='top', parse_math=False)
   figure.savefig(out, dpi=110)
 
 

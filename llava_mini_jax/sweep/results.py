@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_mini_jax.config import ConfigError
-from llava_mini_jax.convert.run_weights import weights_fingerprint
+from llava_mini_jax.convert.run_weights import CHECKPOINTS, weights_fingerprint
 from llava_mini_jax.data.inputs import load_inputs
 from llava_mini_jax.data.records import open_split
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sweep.grid import Point, Sweep
+from llava_mini_jax.train.errors import DamagedError
 from llava_mini_jax.train.loop import differences
+from llava_mini_jax.train.stored import StoredCheckpoints
 
 RESULT, FAILURE = 'result.json', 'failed.txt'
 MAX_NEW_TOKENS = 8
@@ -51,7 +53,7 @@ def dataset_of(experiment: Experiment) -> Path:
   return Path(experiment.data.dataset or experiment.data.mixture[0][0])
 
 
-def _identity(experiment: Experiment) -> dict[str, Any]:
+def identity(experiment: Experiment) -> dict[str, Any]:
   """What may not differ: the config, what the trainer compares beside it, and the weights that it starts from."""
   train = experiment.train
   inputs = load_inputs(experiment.data, experiment.model, seed=train.seed, start=train.init_from)
@@ -65,12 +67,30 @@ def _plain(experiment: Experiment) -> dict[str, Any]:
   return json.loads(json.dumps(experiment.to_dict()))
 
 
-def write_result(directory: Path, experiment: Experiment, asked: Asked, found: dict[str, Any]) -> None:
-  """Whole or not at all; a failure of before is forgotten."""
+def write_result(
+  directory: Path, experiment: Experiment, asked: Asked, found: dict[str, Any], of: dict[str, Any]
+) -> None:
+  """Whole or not at all; a failure of before is forgotten. of: its `identity` when it began."""
   temporary = directory / f'{RESULT}.part'
-  temporary.write_text(json.dumps(dict(found, **asked.of(experiment), **_identity(experiment)), indent=1) + '\n')
+  temporary.write_text(json.dumps(dict(found, **asked.of(experiment), **of), indent=1) + '\n')
   os.replace(temporary, directory / RESULT)
   (directory / FAILURE).unlink(missing_ok=True)
+
+
+def check_begun(directory: Path, now: dict[str, Any]) -> None:
+  """Raises ConfigError if the run that lies there, unfinished, began with other weights than its start holds now.
+
+  What else may differ the trainer finds. Every process calls it, with the `identity` of the point."""
+  stored = StoredCheckpoints(directory / 'run' / CHECKPOINTS)
+  for step in reversed(stored.steps):
+    try:
+      began = stored.meta(step).get('start')
+    except DamagedError:  # passed over, as the trainer does
+      continue
+    if began != (start := now['fingerprints'].get('start')):
+      changed = f'start: was {began!r}, is {start!r}'
+      raise ConfigError(f'{directory}: its run differs from this one; use another --workdir:\n  {changed}')
+    return
 
 
 def read_result(directory: Path, experiment: Experiment, asked: Asked) -> dict[str, Any] | None:
@@ -87,7 +107,7 @@ def read_result(directory: Path, experiment: Experiment, asked: Asked) -> dict[s
   if not file.is_file():
     return None
   found = json.loads(file.read_text())
-  now = _identity(experiment)
+  now = identity(experiment)
   stored = dict(
     fingerprints=found.get('fingerprints', now['fingerprints']), config=_plain(Experiment.from_dict(found['config']))
   )

@@ -27,8 +27,10 @@ from llava_mini_jax.sweep.results import (
   FAILURE,
   MAX_NEW_TOKENS,
   Asked,
+  check_begun,
   dataset_of,
   directory_of,
+  identity,
   read_result,
   write_result,
 )
@@ -78,6 +80,8 @@ def run_sweep(
         yield point, seed, KEPT
         continue
       report(f'{point.name}, seed {seed}:')
+      begun = identity(experiment)
+      check_begun(directory, begun)
       try:
         train(experiment, directory / 'run', preemption=preemption)
       except TrainingError as error:
@@ -88,7 +92,7 @@ def run_sweep(
       found = _evaluated(experiment, directory, asked, batch_size)
       if is_writer():
         found = dict(point=point.name, seed=seed, **found, seconds=_seconds(directory))
-        write_result(directory, experiment, asked, found)
+        write_result(directory, experiment, asked, found, begun)
       yield point, seed, DONE
 
 
@@ -144,7 +148,7 @@ def describe_cost(
   Where rows are packed or grouped, the sizes of the records are measured, and kept where the first run will look.
 
   Raises:
-    DataError, ConfigError: as `cost` and `read_result`.
+    DataError, ConfigError, CheckpointError: as `cost` and `read_result`.
   """
   lines, total = ['point                 layers  tokens   FLOPs/answer   steps  FLOPs/run   hours/run  seeds left'], 0.0
   asked = Asked(sweep.split, limit, max_new_tokens)

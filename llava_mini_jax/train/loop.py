@@ -240,6 +240,7 @@ def _start(
     state, stored = resumed_state(experiment, trainer, checkpoints, step)
     batches.set_state(stored['data'])
     base = {'base': stored['base'] | dict(run=experiment.train.init_from)} if trainer.lora else {}
+    base |= {name: stored[name] for name in ('start',) if name in stored}
     return state, step, base | dict(bad_samples=stored.get('bad_samples', 0)), accepted
 
   found = newest_whole(checkpoints, read, fallback=fallback)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.convert.run_parameters import open_base, starting_parameters
-from llava_mini_jax.convert.run_weights import newest_step, read_experiment
+from llava_mini_jax.convert.run_weights import newest_step, read_experiment, weights_fingerprint
 from llava_mini_jax.experiment import Experiment
 from llava_mini_jax.sharding import replicated
 from llava_mini_jax.train.checkpoint import Checkpoints
@@ -65,7 +65,8 @@ def initial_state(experiment: Experiment, trainer: Trainer) -> tuple[State, dict
   """Step 0, and what its checkpoints have to say of it; call under `use_mesh(trainer.mesh)`.
 
   Returns:
-    The state. With adapters {'base': {run, step, fingerprints}}: where what is frozen is stored, and what it was.
+    The state; and of a run that starts from another {'start': the fingerprint of its weights}, with adapters also
+    {'base': {run, step, fingerprints}}: where what is frozen is stored, and what it was.
   Raises:
     ConfigError: `init_from` lacks a parameter that `init_fresh` does not name, or that adapters need. CheckpointError,
       DataError: as `run_parameters.starting_parameters`.
@@ -96,11 +97,12 @@ def initial_state(experiment: Experiment, trainer: Trainer) -> tuple[State, dict
   if absent:
     listed = ', '.join(absent[:_LISTED]) + (f' and {len(absent) - _LISTED} more' if len(absent) > _LISTED else '')
     raise ConfigError(f'{config.init_from} does not have {listed}; name in train.init_fresh what shall start anew')
+  start = dict(start=weights_fingerprint(config.init_from, step))
   if not trainer.lora:
-    return trainer.init(key, loaded), {}
+    return trainer.init(key, loaded), start
   if lost := [path for path in parts['frozen'] if path not in loaded]:
     raise ConfigError(f'train.groups freeze {lost[0]}, which starts anew; a checkpoint of adapters would not hold it')
-  return trainer.init(key, loaded), dict(base=dict(run=config.init_from, step=step, fingerprints=prints))
+  return trainer.init(key, loaded), start | dict(base=dict(run=config.init_from, step=step, fingerprints=prints))
 
 
 def resumed_state(

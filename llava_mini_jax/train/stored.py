@@ -65,7 +65,10 @@ class StoredCheckpoints:
     Raises as `meta`.
     """
     step = self.require(step)
-    return self._parse(step).checksum(step)
+    try:
+      return self._parse(step).checksum(step)
+    except Exception as error:  # as in `_together`
+      raise self._damaged(step, reason(error)) from error
 
   def restore(self, abstract: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state, in the shardings of `abstract`, and the meta. Every process of a run calls it.
@@ -165,8 +168,11 @@ class StoredCheckpoints:
     except Exception as error:
       found, fault = None, reason(error)
     if fault := first_fault(fault):
-      raise DamagedError(f'{self.directory}/{step} is damaged: {fault}')
+      raise self._damaged(step, fault)
     return found
+
+  def _damaged(self, step: int, fault: str) -> DamagedError:
+    return DamagedError(f'{self.directory}/{step} is damaged: {fault}')
 
 
 def only(abstract: Any, paths: Collection[str]) -> Any:

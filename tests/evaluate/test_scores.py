@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_mini_jax.evaluate.contact_sheet import contact_sheet
+from llava_mini_jax.evaluate.contact_sheet import _answer, contact_sheet
 from llava_mini_jax.evaluate.exact_match import accuracy, is_match
 
 
@@ -51,3 +51,18 @@ def test_a_contact_sheet_with_more_images_than_a_row_holds(tmp_path):
   contact_sheet(images[:2], rows[:2], tmp_path / 'sheet.png', title='two', columns=2)
   with Image.open(tmp_path / 'sheet.png') as image:
     assert tall[0] == image.size[0] and tall[1] > 2 * image.size[1]
+
+
+def test_what_a_contact_sheet_says(tmp_path):
+  """Texts of any length, and what matplotlib would take for formulas."""
+  wrong = dict(question='how much?', answer='$\\frac$ ' + 'much ' * 60, truth='$x^$', correct=False)
+  lines = _answer(wrong).split('\n')
+  assert lines[-1] == '(truth: $x^$)' and lines[-2].endswith(' …') and max(map(len, lines)) <= 22
+  assert _answer(wrong | dict(answer='')) == '(nothing)\n(truth: $x^$)'
+  assert _answer(dict(answer='red', truth='red', correct=True)) == 'red'
+  image, sizes = np.zeros((8, 12, 3), np.uint8), {}
+  for name, row in dict(long=wrong, short=dict(wrong, answer='$')).items():
+    contact_sheet([image], [row], tmp_path / f'{name}.png', title='$', columns=1)
+    with Image.open(tmp_path / f'{name}.png') as sheet:
+      sizes[name] = sheet.size
+  assert sizes['long'][1] > sizes['short'][1] and sizes['long'][0] == sizes['short'][0]

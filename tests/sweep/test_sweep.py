@@ -14,19 +14,23 @@ from PIL import Image
 from processes import start_processes
 from tiny_run import MODEL, REPOSITORY, command, experiment, make_dataset
 
-from llava_mini_jax.config import ConfigError
+from llava_mini_jax.config import ConfigError, LlavaMiniConfig
+from llava_mini_jax.convert.run_start import starting_paths
 from llava_mini_jax.data.inputs import load_inputs
 from llava_mini_jax.data.prepare import prepare
 from llava_mini_jax.data.scenes import Scenes
 from llava_mini_jax.experiment import Experiment
+from llava_mini_jax.recipes import SCENE_TEXT, scenes_stage1
 from llava_mini_jax.sweep import run as sweep_run
 from llava_mini_jax.sweep.grid import Point, Sweep, changed, cost, load_sweep
 from llava_mini_jax.sweep.report import statistics, write_report
 from llava_mini_jax.sweep.results import FAILURE, RESULT, directory_of, results
 from llava_mini_jax.sweep.run import BUSY, DONE, FAILED, KEPT, describe_cost, run_sweep
+from llava_mini_jax.train.checkpoint import Checkpoints
 from llava_mini_jax.train.errors import TrainingError
 from llava_mini_jax.train.goodput import LEDGER_NAME
 from llava_mini_jax.train.lock import only_trainer
+from llava_mini_jax.train.tree import parameter_shapes
 
 ABLATIONS = sorted((REPOSITORY / 'configs' / 'ablations').glob('*.py'))
 LAYERS = 'model.prefusion.num_layers'
@@ -227,6 +231,7 @@ def test_a_result_from_another_start_is_refused(tmp_path, stub, data):
   start = tmp_path / 'start'
   (start / 'weights').mkdir(parents=True)
   shutil.copytree(data / 'tokenizer', start / 'tokenizer')
+  (start / 'weights' / 'experiment.json').write_text('{}')
   sums = start / 'weights' / 'SHA256SUMS'
   sums.write_text('0a  model.safetensors\n')
   sweep = tiny(base=changed(experiment(data), {'train.init_from': str(start)}))
@@ -235,9 +240,26 @@ def test_a_result_from_another_start_is_refused(tmp_path, stub, data):
   sums.write_text('0b  model.safetensors\n')
   with pytest.raises(ConfigError, match=r'use another --workdir:\n  fingerprints\.start: was .*, is [^\n]*$'):
     outcomes(sweep, tmp_path)
+  sums.unlink()
+  with pytest.raises(ConfigError, match=r'start: expected what import wrote; found no [^ ]*SHA256SUMS$'):
+    outcomes(sweep, tmp_path)
   shutil.rmtree(start / 'weights')
   with pytest.raises(ConfigError, match='^no checkpoint in '):
     outcomes(sweep, tmp_path)
+
+
+def test_a_run_that_began_with_other_weights_does_not_go_on(tmp_path, stub, data):
+  sweep = tiny(data)
+  begun = directory_of(tmp_path, *next(sweep.runs()))
+  with Checkpoints(begun / 'run' / 'checkpoints') as checkpoints:
+    checkpoints.save(1, dict(params=dict(x=np.zeros(2, np.float32))), dict(start='0a'))
+  with pytest.raises(ConfigError) as error:
+    outcomes(sweep, tmp_path)
+  expected = f"{begun}: its run differs from this one; use another --workdir:\n  start: was '0a', is None"
+  assert str(error.value) == expected and not stub
+  for file in (begun / 'run' / 'checkpoints' / '1').rglob('_CHECKPOINT_METADATA'):
+    file.unlink()  # a damaged one is the trainer's to pass over
+  assert outcomes(sweep, tmp_path) == [DONE] * 4
 
 
 def test_a_result_without_fingerprints_is_compared_by_its_config(tmp_path, stub, data):
@@ -325,6 +347,21 @@ def test_ablations(file, sixteen_scenes):
     assert found.tokens + experiment.data.fused_text <= experiment.data.row_length
     if named := re.search(r'tokens(\d+)', point.name):
       assert int(named[1]) == found.tokens
+
+
+@pytest.mark.parametrize('file', ABLATIONS, ids=lambda path: path.stem)
+def test_ablations_find_their_start(file):
+  """Each point has from stage 1 what it does not train from random numbers; and room for all questions of a scene."""
+  start = scenes_stage1(LlavaMiniConfig.preset('tiny'), epochs=1.0).model
+  sweep = load_sweep(file, {})
+  for point, seed in sweep.runs():
+    experiment = sweep.experiment(point, seed)
+    loaded = starting_paths(Path('start'), start, experiment.model)
+    anew = [path for path in parameter_shapes(experiment.model) if path not in loaded]
+    (fresh,) = experiment.train.init_fresh
+    assert all(re.fullmatch(fresh, path) for path in anew), point.name
+    tokens = experiment.model.slots_per_visual(1 + experiment.data.grid**2 if experiment.data.grid > 1 else 1)
+    assert experiment.data.row_length == tokens + SCENE_TEXT, point.name
 
 
 def test_table_6_is_the_papers_grid():

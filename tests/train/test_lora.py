@@ -20,6 +20,7 @@ from torch_parity import close
 from llava_mini_jax.config import ConfigError
 from llava_mini_jax.convert.names import RELEASED
 from llava_mini_jax.convert.run_parameters import open_parameters
+from llava_mini_jax.convert.run_weights import weights_fingerprint
 from llava_mini_jax.experiment import TrainConfig
 from llava_mini_jax.infer.load import load_run
 from llava_mini_jax.sharding import batch_sharding, make_mesh, use_mesh
@@ -328,6 +329,7 @@ def test_a_checkpoint_holds_what_trained_and_names_its_base(adapted, start):
   base = load_run(start, one_device())
   frozen = {path: leaf for path, leaf in flatten(base.params).items() if not path.startswith('projector/')}
   assert meta['base'] == dict(run=str(start), step=base.step, fingerprints=fingerprints(frozen))
+  assert meta['start'] == weights_fingerprint(start)
 
 
 @pytest.mark.slow
@@ -343,6 +345,7 @@ def test_a_run_that_goes_on_is_exact(adapted, root, start, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     assert checkpoints.meta()['base']['run'] == str(moved)
+    assert checkpoints.meta()['start'] == weights_fingerprint(start)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from tiny_run import MODEL, experiment, make_dataset, trained
 
 from llava_mini_jax.config import ConfigError
+from llava_mini_jax.convert.run_weights import weights_fingerprint
 from llava_mini_jax.data.inputs import load_inputs, tokenizer_directory
 from llava_mini_jax.infer.load import load_run
 from llava_mini_jax.sharding import make_mesh, use_mesh
@@ -39,7 +40,9 @@ def start(base, *, groups=ALL, model=MODEL, **train) -> dict[str, np.ndarray]:
   trainer = make_trainer(model, mesh, groups=groups, factor=lambda step: 1.0)
   check_start(run, trainer)
   with use_mesh(mesh):
-    state, _ = initial_state(run, trainer)
+    state, kept = initial_state(run, trainer)
+  begins = run.train.init_from
+  assert kept == (dict(start=weights_fingerprint(begins)) if begins else {})
   assert int(state['step']) == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(state['opt']))
   expected = flatten(trainer.shardings['params']) | flatten(trainer.shardings['frozen'])
   found = flatten(state['params']) | flatten(state['frozen'])
