@@ -118,12 +118,12 @@ def markdown(compiled: Mapping[str, Mapping[str, Any]]) -> str:
   return '\n'.join([count, '', *table([*head, 'rows/s per chip', 'hours'], rows), '', *table(whole, recipes)])
 
 
-def recipe_hours(table: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+def recipe_hours(compiled: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
   """Of both stages, by model and topology, where both have been compiled and fit: hours and chip-hours."""
   found = {}
   for model in MODELS:
     for where in TOPOLOGIES:
-      stages = {stage: table.get(Cell(model, stage, where).key, {}) for stage in SAMPLES}
+      stages = {stage: compiled.get(Cell(model, stage, where).key, {}) for stage in SAMPLES}
       if not all(stage.get('fits') for stage in stages.values()):
         continue
       hours = {

@@ -141,6 +141,7 @@ def test_what_is_loaded_is_in_memory_once(base, monkeypatch):
     if not path.startswith('prefusion/')
   }
   monkeypatch.setattr(train_start, 'newest_step', lambda workdir: None)
+  monkeypatch.setattr(train_start, 'weights_fingerprint', lambda workdir, step: '')
   monkeypatch.setattr(train_start, 'starting_parameters', lambda *_, **__: kept)
 
   def buffers(array):
