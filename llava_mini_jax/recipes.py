@@ -132,8 +132,8 @@ def scenes_stage1(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
 def scenes_stage2(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
   """On from `scenes_stage1` as the paper's stage 2 from its own: compressor and pre-fusion anew, the tower frozen.
 
-  A point of a sweep with other tokens sets `data.row_length` to `SCENE_TEXT` and its tokens, so that all points are
-  taught the same questions: all of them.
+  Rows hold all questions about a scene; those of a sweep's points too, if
+  `sweep.grid.with_text_room` made them with `SCENE_TEXT`.
   """
   train = dataclasses.replace(
     scenes_stage1(model, epochs=epochs).train,

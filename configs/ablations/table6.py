@@ -9,7 +9,7 @@ python launch/sweep.py configs/ablations/table6.py --workdir=runs/table6
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.recipes import SCENE_TEXT, scenes_stage2
-from llava_mini_jax.sweep.grid import Point, Sweep
+from llava_mini_jax.sweep.grid import Point, Sweep, with_text_room
 
 PAPER = {  # (pre-fusion layers, tokens): FLOPs (T), VQAv2, GQA, MMB; three layers are printed as 1.81
   (0, 1): (0.96, 72.4, 54.2, 57.7),
@@ -33,10 +33,10 @@ def get_sweep() -> Sweep:
     points.append(
       Point(
         name='every_patch' if every else f'layers{layers}_tokens{side**2}',
-        changes=changes | {'model.compressor.grid': side, 'data.row_length': SCENE_TEXT + (64 if every else side**2)},
+        changes=changes | {'model.compressor.grid': side},
         paper=dict(zip(('tokens', 'FLOPs (T)', 'VQAv2', 'GQA', 'MMB'), (tokens, *printed), strict=True)),
         series=('pre-fusion, 1 token',) * (tokens == 1) + ('no pre-fusion',) * (layers == 0),
       )
     )
   base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.4)
-  return Sweep('Table 6 at tiny size: pre-fusion layers and tokens', base, tuple(points))
+  return Sweep('Table 6 at tiny size: pre-fusion layers and tokens', base, with_text_room(base, points, SCENE_TEXT))

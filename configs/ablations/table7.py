@@ -13,7 +13,7 @@ python launch/sweep.py configs/ablations/table7.py --workdir=runs/table7 --datas
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.recipes import SCENE_TEXT, scenes_stage2
-from llava_mini_jax.sweep.grid import Point, Sweep
+from llava_mini_jax.sweep.grid import Point, Sweep, with_text_room
 
 GRIDS = {1: 1, 16: 2, 64: 3, 144: 4, 576: 8}  # the paper's tokens: ours, a side
 TOKENS = {1: (1, 16, 64), 2: (16, 64, 144, 576)}  # crops a side: the paper's tokens
@@ -28,10 +28,10 @@ def get_sweep() -> Sweep:
       points.append(
         Point(
           name=f'pixels{64 * crops}_tokens{grid**2}',
-          changes=changes | {'data.row_length': SCENE_TEXT + grid**2},
+          changes=changes,
           paper={'pixels': 336 * crops, 'tokens': paper},
           series=(f'{64 * crops} pixels',),
         )
       )
   base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.4)
-  return Sweep('Table 7 at tiny size: resolution and tokens', base, tuple(points))
+  return Sweep('Table 7 at tiny size: resolution and tokens', base, with_text_room(base, points, SCENE_TEXT))

@@ -7,7 +7,7 @@ python launch/sweep.py configs/ablations/table8.py --workdir=runs/table8
 
 from llava_mini_jax.config import LlavaMiniConfig
 from llava_mini_jax.recipes import SCENE_TEXT, scenes_stage2
-from llava_mini_jax.sweep.grid import Point, Sweep
+from llava_mini_jax.sweep.grid import Point, Sweep, with_text_room
 
 PAPER = {  # (compressor, tokens): FLOPs (T), VQAv2, GQA, MMB; queries are printed as 2.42 and 2.44 G more
   ('average', 1): (1.96, 76.1, 59.8, 64.0),
@@ -20,12 +20,8 @@ PAPER = {  # (compressor, tokens): FLOPs (T), VQAv2, GQA, MMB; queries are print
 def get_sweep() -> Sweep:
   points = []
   for (kind, tokens), printed in PAPER.items():
-    changes = {
-      'model.compressor.kind': kind,
-      'model.compressor.grid': round(tokens**0.5),
-      'data.row_length': SCENE_TEXT + tokens,
-    }
+    changes = {'model.compressor.kind': kind, 'model.compressor.grid': round(tokens**0.5)}
     paper = dict(zip(('FLOPs (T)', 'VQAv2', 'GQA', 'MMB'), printed, strict=True))
     points.append(Point(f'{kind}_tokens{tokens}', changes | {'model.prefusion.num_layers': 4}, paper, (kind,)))
   base = scenes_stage2(LlavaMiniConfig.preset('tiny'), epochs=0.4)
-  return Sweep('Table 8 at tiny size: what compresses', base, tuple(points))
+  return Sweep('Table 8 at tiny size: what compresses', base, with_text_room(base, points, SCENE_TEXT))

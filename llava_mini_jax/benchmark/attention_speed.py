@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import time
+import timeit
 from collections.abc import Callable, Iterator
 
 import jax
@@ -48,7 +48,8 @@ def speeds(rounds: int) -> Iterator[Speed]:
       worst = max(float(np.max(abs(a - b))) for a, b in zip(found, expected, strict=True))
       if not worst <= TOLERANCE:  # nor is NaN
         raise ArithmeticError(f'attention: expected values within {TOLERANCE}; {system} differs by {worst}')
-      yield Speed(shape, system, _least(forward, rounds), _least(both, rounds))
+      least = [min(timeit.repeat(run, number=1, repeat=rounds)) for run in (forward, both)]  # both have run before
+      yield Speed(shape, system, *least)
 
 
 def _in_jax(attend: Callable, heads: list[np.ndarray], causal: bool) -> tuple[Callable, Callable]:
@@ -70,16 +71,6 @@ def _in_torch(heads: list[np.ndarray], causal: bool) -> tuple[Callable, Callable
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
   return torch.no_grad()(attend), lambda: torch.autograd.grad(attend().square().sum(), leaves)
-
-
-def _least(run: Callable[[], object], rounds: int) -> float:
-  run()
-  times = []
-  for _ in range(rounds):
-    began = time.perf_counter()
-    run()
-    times.append(time.perf_counter() - began)
-  return min(times)
 
 
 def describe(found: list[Speed]) -> str:

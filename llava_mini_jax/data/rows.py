@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,29 +36,12 @@ class RowShape:
 
 
 def build_row(
-  ids: np.ndarray,
-  learn: np.ndarray,
-  shape: RowShape,
-  *,
-  where: str,
-  visuals_per_tag: Sequence[int] | None = None,
-  untagged: int = 0,
-  fuse: np.ndarray | None = None,
-  fuse_token_zero: bool = False,
-  branch: np.ndarray | None = None,
+  ids: np.ndarray, learn: np.ndarray, shape: RowShape, *, branch: np.ndarray | None = None, **layout: Any
 ) -> dict[str, np.ndarray]:
   """One sample -> the non-pixel fields of one Batch row.
 
   Args:
-    ids: int[n], IMAGE_TOKEN_ID where an image or a video stands.
-    learn: bool[n], True for tokens the model learns to produce; they are never fused.
-    shape: the row's static sizes.
-    where: names the sample in errors.
-    visuals_per_tag: visuals of each tag in order (frames of a video); default 1 each.
-    untagged: further visuals that the text is fused with but that have no slots (released training fuses text-only
-      samples with pixels of zero; `LlavaMiniConfig.text_only`).
-    fuse: bool[n], overrides which text tokens are fused (default: all that are not learnt).
-    fuse_token_zero: whether a text token with id 0 may be fused (the released code masks it out).
+    ids, learn, shape, layout: as `places`, which says what else there is to give.
     branch: int[n], as `Batch.branch_ids`, each branch in one piece after what is 0 (from `branches.share_prefix`).
   Returns:
     {tokens, targets, loss_mask, segment_ids, positions: [L], fuse_index, fuse_mask: [M T], slot_index: [M C]}
@@ -65,7 +49,7 @@ def build_row(
   Raises:
     DataError: as `places`.
   """
-  at = places(ids, learn, shape, where, visuals_per_tag, untagged, fuse, fuse_token_zero)
+  at = places(ids, learn, shape, **layout)
   is_tag, start, width = at.is_tag, at.start, at.width
   slots = [start[i] + np.arange(width[i]) for i in np.flatnonzero(is_tag)]
   expanded = None if branch is None else np.repeat(branch, width)
@@ -91,14 +75,25 @@ def places(
   ids: np.ndarray,
   learn: np.ndarray,
   shape: RowShape,
+  *,
   where: str,
   visuals_per_tag: Sequence[int] | None = None,
   untagged: int = 0,
   fuse: np.ndarray | None = None,
   fuse_token_zero: bool = False,
 ) -> Places:
-  """Whether a sample fits a row, and how it lies there; the arguments are those of `build_row`.
+  """Whether a sample fits a row, and how it lies there.
 
+  Args:
+    ids: int[n], IMAGE_TOKEN_ID where an image or a video stands.
+    learn: bool[n], True for tokens the model learns to produce; they are never fused.
+    shape: the row's static sizes.
+    where: names the sample in errors.
+    visuals_per_tag: visuals of each tag in order (frames of a video); default 1 each.
+    untagged: further visuals that the text is fused with but that have no slots (released training fuses text-only
+      samples with pixels of zero; `LlavaMiniConfig.text_only`).
+    fuse: bool[n], overrides which text tokens are fused (default: all that are not learnt).
+    fuse_token_zero: whether a text token with id 0 may be fused (the released code masks it out).
   Raises:
     DataError: E_TOO_LONG if the tokens, visuals or fused tokens do not fit the row; E_IMAGE_TAGS if the number
       of tags is not that of `visuals_per_tag`.

@@ -136,8 +136,9 @@ class RowTransform:
   def _lay_out(
     self, encoded: Encoded, branch: np.ndarray | None, media: list[list[np.ndarray]], where: str
   ) -> dict[str, np.ndarray]:
-    encoded, layout = self._cut(encoded, media, where) if branch is None else encoded, self._layout(media, where)
-    fields = build_row(encoded.ids, encoded.assistant, self.row, branch=branch, **layout)
+    if branch is None:
+      encoded = self._cut(encoded, media, where)
+    fields = build_row(encoded.ids, encoded.assistant, self.row, branch=branch, **self._layout(media, where))
     if not fields['loss_mask'].any():
       raise _nothing_to_predict(where)
     return fields

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 import runpy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,25 @@ def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
   return Experiment.from_dict(values)
 
 
+def with_text_room(base: Experiment, points: Iterable[Point], text: int) -> tuple[Point, ...]:
+  """The points with rows that hold so many tokens of text beside the vision tokens that each has.
+
+  Else points with fewer vision tokens would be taught more. For rows of one visual.
+  """
+
+  def length(point: Point) -> int:
+    experiment = changed(base, point.changes)
+    return text + experiment.model.slots_per_visual(_views(experiment))
+
+  return tuple(
+    dataclasses.replace(point, changes={**point.changes, 'data.row_length': length(point)}) for point in points
+  )
+
+
+def _views(experiment: Experiment) -> int:
+  return ImageProcessor(experiment.model.vision.image_size, grid=experiment.data.grid).views
+
+
 def load_sweep(file: str | os.PathLike, changes: Mapping[str, Any], seeds: tuple[int, ...] = ()) -> Sweep:
   """Runs a sweep file.
 
@@ -123,7 +142,7 @@ def cost(experiment: Experiment, *, kept: Path | None = None) -> Cost:
     DataError, ConfigError: as `load_inputs`.
   """
   model, data, train = experiment.model, experiment.data, experiment.train
-  views = ImageProcessor(model.vision.image_size, grid=data.grid).views
+  views = _views(experiment)
   inputs = load_inputs(data, model, seed=train.seed, start=train.init_from)
   order = inputs.order(batch_size=train.batch_size, seed=train.seed, kept=kept)
   steps = experiment.total_steps(inputs.rows(order, train.epochs))

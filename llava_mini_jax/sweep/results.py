@@ -80,7 +80,8 @@ def write_result(
 def check_begun(directory: Path, now: dict[str, Any]) -> None:
   """Raises ConfigError if the run that lies there, unfinished, began with other weights than its start holds now.
 
-  What else may differ the trainer finds. Every process calls it, with the `identity` of the point."""
+  What else may differ the trainer finds. Every process calls it, with the `identity` of the point.
+  """
   stored = StoredCheckpoints(directory / 'run' / CHECKPOINTS)
   for step in reversed(stored.steps):
     try:

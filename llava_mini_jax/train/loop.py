@@ -239,9 +239,12 @@ def _start(
     accepted = _compare(experiment, checkpoints, step, meta, allowed)
     state, stored = resumed_state(experiment, trainer, checkpoints, step)
     batches.set_state(stored['data'])
-    base = {'base': stored['base'] | dict(run=experiment.train.init_from)} if trainer.lora else {}
-    base |= {name: stored[name] for name in ('start',) if name in stored}
-    return state, step, base | dict(bad_samples=stored.get('bad_samples', 0)), accepted
+    kept = dict(bad_samples=stored.get('bad_samples', 0))
+    if 'start' in stored:
+      kept['start'] = stored['start']
+    if trainer.lora:
+      kept['base'] = stored['base'] | dict(run=experiment.train.init_from)
+    return state, step, kept, accepted
 
   found = newest_whole(checkpoints, read, fallback=fallback)
   if found is None:
