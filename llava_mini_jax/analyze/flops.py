@@ -3,8 +3,9 @@
 Counts every matmul including attention; the embedding lookup is free. The
 unembedding is counted on all positions. Beside this `full` convention stands
 the one of the paper's numbers, `calflops`: what calflops 0.3.2 counts of the
-released modules, that is no product of attention, every layer of the tower
-(the last one runs there, unused), and 5 FLOPs per element of a LayerNorm. The
+released modules, that is no product of attention, every layer of the tower and
+all of the last layer of pre-fusion (whose patches nobody reads: they run there,
+unused), and 5 FLOPs per element of a LayerNorm. The
 released pre-fusion also has a slot for the `<image>` placeholder. With 43 text
 tokens this gives the paper's Table 6 to the digit. In the backward pass a product with a
 weight costs once its forward FLOPs for the gradient of the weight, if it
@@ -58,11 +59,21 @@ class Flops:
     return self.vision + self.projector + self.compressor + self.prefusion + self.decoder
 
 
-def _llama_layers(config: DecoderConfig, layers: int, tokens: int) -> np.ndarray:
+def _llama_layers(config: DecoderConfig, layers: int, tokens: int, asks: int | None = None) -> np.ndarray:
+  """asks: so many of the tokens alone are more than keys and values; None = all."""
   d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
   n, k = config.num_attention_heads, config.num_key_value_heads
-  weights = d * h * (2 * n + 2 * k) + 3 * d * f
-  return layers * np.array([2.0 * tokens * weights, 4.0 * tokens**2 * n * h])
+  asks = tokens if asks is None else asks
+  weights = tokens * 2 * d * h * k + asks * (2 * d * h * n + 3 * d * f)
+  return layers * np.array([2.0 * weights, 4.0 * asks * tokens * n * h])
+
+
+def _prefusion(config: LlavaMiniConfig, views: int, text: int) -> np.ndarray:
+  layers, tokens = config.prefusion.num_layers, fused_visual_length(config, views) + text
+  if not layers:
+    return np.zeros(2)
+  last = _llama_layers(config.decoder, 1, tokens, read_length(config, views) + text)
+  return _llama_layers(config.decoder, layers - 1, tokens) + last
 
 
 def _vision(model: LlavaMiniConfig) -> np.ndarray:
@@ -84,15 +95,13 @@ def _parts(
   kind = config.compressor_class if c else None
   projected = patches + (c if kind and config.compressor.space == 'vision' and not kind.projects else 0)
   compressor = np.array(kind.flops(config, keys, images, fused_text) if kind else (0.0, 0.0))
-  within = config.compressor.within
-  sequence = patches + fused_text + (c if config.prefusion.fuse_compressed and not within else 0)
   parts = decoder_parts(config, length=length, visuals=visuals, views=views)
   layers = sum(_llama_layers(config.decoder, *part) for part in parts)
   return dict(
     vision=images * views * _vision(config),
     projector=np.array([images * 2.0 * projected * (w * d + d * d), 0.0]),
     compressor=compressor,
-    prefusion=images * _llama_layers(config.decoder, config.prefusion.num_layers, sequence),
+    prefusion=images * _prefusion(config, views, fused_text),
     decoder=rows * (layers + (2.0 * length * d * config.decoder.vocab_size, 0.0)),
   )
 
@@ -109,6 +118,8 @@ def forward_flops(config: LlavaMiniConfig, *, convention: str = 'full', **sizes:
   counted = {name: float(part[0]) for name, part in parts.items()}
   images, views, vision = sizes['rows'] * sizes['visuals'], sizes.get('views', 1), config.vision
   counted['vision'] = images * views * _calflops_tower(config)
+  fused = fused_visual_length(config, views) + sizes['fused_text']
+  counted['prefusion'] = images * float(_llama_layers(config.decoder, config.prefusion.num_layers, fused)[0])
   if config.compressor.kind == 'query' and config.compressor.attention == 'mha':
     keys = vision.num_patches * (views if views == 1 else views - 1)
     counted['compressor'] += images * _LAYER_NORM * (keys + config.compressor.grid**2) * config.compressor_width
@@ -127,6 +138,13 @@ def fused_visual_length(config: LlavaMiniConfig, views: int = 1) -> int:
   """Tokens of a visual in pre-fusion, before the text."""
   compressed = config.prefusion.fuse_compressed and not config.compressor.within
   return views * config.vision.num_patches + (config.new_tokens(views) if compressed else 0)
+
+
+def read_length(config: LlavaMiniConfig, views: int = 1) -> int:
+  """How many of a visual's tokens in pre-fusion something reads when they come out of it: the last ones."""
+  if config.compressor.within:
+    return fused_visual_length(config, views)
+  return config.slots_per_visual(views) if config.prefusion.fuse_compressed else 0
 
 
 def decoder_parts(config: LlavaMiniConfig, *, length: int, visuals: int, views: int = 1) -> list[tuple[int, int]]:
@@ -232,30 +250,33 @@ def recomputed_flops(
   """
   d, v = config.decoder, config.vision
   rows, views = sizes['rows'], sizes.get('views', 1)
-  images, fused = rows * sizes['visuals'], fused_visual_length(config, views) + sizes['fused_text']
+  images, text, fusing = rows * sizes['visuals'], sizes['fused_text'], config.prefusion.num_layers
+  fused = fused_visual_length(config, views) + text
   n, k, h = d.num_attention_heads, d.num_key_value_heads, d.head_dim
   llama = dict(
-    qkv=d.hidden_size * h * (n + 2 * k), out=d.hidden_size * n * h, mlp=2 * d.hidden_size * d.intermediate_size
-  )
-  tower = dict(qkv=3 * v.hidden_size**2, out=v.hidden_size**2, mlp=v.hidden_size * v.intermediate_size)
+    kv=d.hidden_size * h * 2 * k, q=d.hidden_size * h * n, mlp=2 * d.hidden_size * d.intermediate_size
+  )  # the product after attention is as large as that of the queries
+  tower = dict(kv=2 * v.hidden_size**2, q=v.hidden_size**2, mlp=v.hidden_size * v.intermediate_size)
   decoder = decoder_parts(config, length=sizes['length'], visuals=sizes['visuals'], views=views)
-  stations = (
-    ('vision', images * views, v.run_layers, v.num_patches + 1, tower, v.hidden_size),
-    ('prefusion', images, config.prefusion.num_layers, fused, llama, n * h),
-    *(('decoder', rows, layers, tokens, llama, n * h) for layers, tokens in decoder),
+  stations = (  # sequences, layers, tokens, those that are more than keys and values
+    ('vision', images * views, v.run_layers, v.num_patches + 1, v.num_patches + 1, tower, v.hidden_size),
+    ('prefusion', images, max(0, fusing - 1), fused, fused, llama, n * h),
+    ('prefusion', images, min(1, fusing), fused, read_length(config, views) + text, llama, n * h),
+    *(('decoder', rows, layers, tokens, tokens, llama, n * h) for layers, tokens in decoder),
   )
   total, passes = 0.0, False
-  for name, sequences, layers, tokens, kernels, width in stations:
+  for name, sequences, layers, tokens, asks, kernels, width in stations:
     early = ('projector', 'compressor') if name == 'prefusion' else ()
     passes = passes or any(part in trains or part in adapts for part in (name, *early))
-    scores = 2.0 * tokens**2 * width
-    projections = 2.0 * tokens * (kernels['out'] + kernels['mlp'])
+    scores = 2.0 * asks * tokens * width
+    results = 2.0 * asks * (kernels['q'] + kernels['mlp'])
+    projections = 2.0 * (asks * kernels['q'] + tokens * kernels['kv'])
     again = {
       'none': 0.0,
       'dots': scores,
-      'projections': projections + scores,
-      'attention': projections + scores + 2.0 * tokens * kernels['qkv'],
-      'full': projections + 2 * scores + 2.0 * tokens * kernels['qkv'],
+      'projections': results + scores,
+      'attention': results + scores + projections,
+      'full': results + 2 * scores + projections,
     }
     total += passes * sequences * layers * again[config.scan.of(name).remat]
   return total

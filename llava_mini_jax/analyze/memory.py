@@ -10,7 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from llava_mini_jax.analyze.flops import decoder_parts, fused_visual_length, kept_parts, require_lasting_tokens
+from llava_mini_jax.analyze.flops import (
+  decoder_parts,
+  fused_visual_length,
+  kept_parts,
+  read_length,
+  require_lasting_tokens,
+)
 from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, require_choice
 from llava_mini_jax.train.tree import parameter_shapes
 
@@ -87,17 +93,17 @@ def kept_activation_bytes(config: LlavaMiniConfig, *, element_bytes: int = 2, **
     ConfigError: remat `dots` or `none`, which keep what only the compiled program shows (launch/compile_tpu.py).
   """
   d, views = config.decoder, sizes.get('views', 1)
-  fused = fused_visual_length(config, views) + sizes['fused_text']
+  images, fused = sizes['rows'] * sizes['visuals'], fused_visual_length(config, views) + sizes['fused_text']
   parts = decoder_parts(config, length=sizes['length'], visuals=sizes['visuals'], views=views)
-  tokens = dict(
-    prefusion=config.prefusion.num_layers * sizes['rows'] * sizes['visuals'] * fused,
-    decoder=sizes['rows'] * sum(layers * tokens for layers, tokens in parts),
-  )
+  decoder = sizes['rows'] * sum(layers * tokens for layers, tokens in parts)
+  prefusion = images * config.prefusion.num_layers * fused
+  unread = fused_visual_length(config, views) - read_length(config, views) if prefusion else 0
   context, projections = d.num_attention_heads * d.head_dim, 2 * d.num_key_value_heads * d.head_dim
   kept = {}
-  for name, count in tokens.items():
+  # Tokens of all layers, and those that are more than keys and values.
+  for name, count, asks in (('prefusion', prefusion, prefusion - images * unread), ('decoder', decoder, decoder)):
     remat = config.scan.of(name).remat
     require_choice(f'{name} remat', remat, ('full', 'attention', 'projections'))
-    width = d.hidden_size + (remat != 'full') * context + (remat == 'projections') * (context + projections)
-    kept[name] = count * width * element_bytes
+    size = count * d.hidden_size + (remat != 'full') * asks * context
+    kept[name] = (size + (remat == 'projections') * (asks * context + count * projections)) * element_bytes
   return kept

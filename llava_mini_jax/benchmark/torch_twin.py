@@ -121,8 +121,10 @@ class Twin:
     valid = torch.cat([text_mask.new_ones(len(x), seen), text_mask], dim=1)
     positions = (valid.cumsum(1) - 1).masked_fill(~valid, 1)
     allowed = torch.ones(2 * x.shape[1:2], dtype=torch.bool).tril() & valid[:, None]
-    x = self.llama(x, 'prefusion', self.config.prefusion.num_layers, positions, allowed)
-    return x[:, seen - compressed.shape[1] : seen], x[:, seen:]
+    slots = compressed.shape[1]
+    layers = self.config.prefusion.num_layers
+    x = self.llama(x, 'prefusion', layers, positions, allowed, last=slots + text.shape[1])
+    return x[:, :slots], x[:, slots:]
 
   def clip(self, pixels: Tensor) -> Tensor:
     v, w, name = self.config.vision, self.weights, 'vision'
@@ -156,24 +158,28 @@ class Twin:
     x = F.gelu(self.linear(x, 'projector/linear_1/kernel', 'projector/linear_1/bias'))
     return self.linear(x, 'projector/linear_2/kernel', 'projector/linear_2/bias')
 
-  def llama(self, x: Tensor, name: str, count: int, positions: Tensor, allowed: Tensor) -> Tensor:
+  def llama(
+    self, x: Tensor, name: str, count: int, positions: Tensor, allowed: Tensor, last: int | None = None
+  ) -> Tensor:
+    """last: so many tokens are wanted; the last layer computes keys and values alone of the others."""
     c = self.config.decoder
     angle = (positions[..., None] * self.frequencies)[:, None]
     cos, sin = angle.cos(), angle.sin()
     groups = c.num_attention_heads // c.num_key_value_heads
 
-    def rotate(y):
-      a, b = y.chunk(2, dim=-1)
-      return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    def rotate(y, first=0):
+      (a, b), of = y.chunk(2, dim=-1), (cos[:, :, first:], sin[:, :, first:])
+      return torch.cat([a * of[0] - b * of[1], b * of[0] + a * of[1]], dim=-1)
 
     for i in range(count):
       at = f'{name}/{i}/self_attn'
+      first = x.shape[1] - last if last is not None and i == count - 1 else 0
       y = self.rms_norm(x, f'{name}/{i}/input_layernorm')
-      q = rotate(self.heads(y, f'{at}/q_proj', c.num_attention_heads))
+      q = rotate(self.heads(y[:, first:], f'{at}/q_proj', c.num_attention_heads), first)
       k = rotate(self.heads(y, f'{at}/k_proj', c.num_key_value_heads))
       v = self.heads(y, f'{at}/v_proj', c.num_key_value_heads)
-      y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], enable_gqa=groups > 1)
-      x = x + self.linear(y.transpose(1, 2).flatten(2), f'{at}/o_proj')
+      y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None, first:], enable_gqa=groups > 1)
+      x = x[:, first:] + self.linear(y.transpose(1, 2).flatten(2), f'{at}/o_proj')
       y = self.rms_norm(x, f'{name}/{i}/post_attention_layernorm')
       at = f'{name}/{i}/mlp'
       x = x + self.linear(

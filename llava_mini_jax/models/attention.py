@@ -39,29 +39,35 @@ _WORTH_IT = 256  # shorter rows cost jnp little, and would be mostly padding in 
 class AttentionMask:
   """A query sees the keys of its own segment, earlier ones alone if `causal`, and other branches not at all.
 
-  Padded keys get a segment that no real query has. Every query must see at least one key.
+  Padded keys get a segment that no real query has. Every query must see at least one key. If there are fewer queries
+  than keys, they belong to the last of these (`of_last`).
   """
 
   query_segments: jax.Array  # int32[B L]
   key_segments: jax.Array  # int32[B S]
-  branch_ids: jax.Array | None = None  # int32[B L], as `types.Batch`; S is L then
-  # int32[B L]: a key that is BEHIND tokens that carry what it says (CARRIES) is seen by these two alone; 0 = any other
+  branch_ids: jax.Array | None = None  # int32[B S], as `types.Batch`
+  # int32[B S]: a key that is BEHIND tokens that carry what it says (CARRIES) is seen by these two alone; 0 = any other
   roles: jax.Array | None = None
-  order: jax.Array | None = None  # int32[B L], which keys are earlier; None = as they stand
+  order: jax.Array | None = None  # int32[B S], which keys are earlier; None = as they stand
   causal: bool = True
+
+  def of_last(self, count: int) -> AttentionMask:
+    """What the last `count` queries see."""
+    return dataclasses.replace(self, query_segments=self.query_segments[:, self.query_segments.shape[1] - count :])
 
   def allowed(self) -> jax.Array:
     """bool[B L S] (query, key)."""
+    first = self.key_segments.shape[1] - self.query_segments.shape[1]
     mask = self.query_segments[:, :, None] == self.key_segments[:, None, :]
     if self.causal and self.order is not None:
-      mask &= self.order[:, None, :] <= self.order[:, :, None]
+      mask &= self.order[:, None, :] <= self.order[:, first:, None]
     elif self.causal:
-      mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))
+      mask &= jnp.tril(jnp.ones(mask.shape[1:], bool), first)
     if self.roles is not None:
-      mask &= (self.roles[:, None, :] != BEHIND) | (self.roles[:, :, None] > 0)
+      mask &= (self.roles[:, None, :] != BEHIND) | (self.roles[:, first:, None] > 0)
     if self.branch_ids is not None:
       key = self.branch_ids[:, None, :]
-      mask &= (key == 0) | (key == self.branch_ids[:, :, None])
+      mask &= (key == 0) | (key == self.branch_ids[:, first:, None])
     return mask
 
   def resolve(self, kind: str, head_dim: int) -> AttentionMask | jax.Array:
@@ -75,8 +81,8 @@ class AttentionMask:
       ConfigError: another kind.
     """
     require_choice('attention', kind, KINDS)
-    (rows, length), keys = self.query_segments.shape, self.key_segments.shape[1]
-    suits = length == keys >= _WORTH_IT and head_dim % _LANES == 0 and platform() == 'tpu'
+    rows, length = self.query_segments.shape
+    suits = length >= _WORTH_IT and head_dim % _LANES == 0 and platform() == 'tpu'
     kernel = rows % ways('batch') == 0 and (kind == 'splash' or (kind == 'auto' and suits))
     plain = self.branch_ids is None and self.roles is None and self.order is None
     return self if kernel and plain else self.allowed()[:, None]
@@ -149,31 +155,40 @@ _heads_first.defvjp(_forward, _backward)
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
   """Rows are padded to whole blocks; a segment of its own keeps the padding out."""
-  length = max(q.shape[1], k.shape[1])
-  block = min(_BLOCKS, key=lambda size: -length % size)  # the least padding, then the largest
-  padded = -(-length // block) * block
+  blocks = _block(q.shape[1]), _block(k.shape[1])
 
   def pad(x, value=0):
-    return jnp.pad(x, ((0, 0), (0, padded - x.shape[1]), *((0, 0),) * (x.ndim - 2)), constant_values=value)
+    length = x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, -length % _block(length)), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
   segments = splash_attention.SegmentIds(pad(mask.query_segments, -1), pad(mask.key_segments, -1))
   # The kernel does not scale; dividing here rounds once more only for heads that are no power of four wide.
   heads = (pad(x).swapaxes(1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))  # [B N L H], [B K L H]
-  run = functools.partial(_splash_on_shard, causal=mask.causal, block=block, interpret=platform() != 'tpu')
+  first = k.shape[1] - q.shape[1] if mask.causal else None
+  run = functools.partial(_splash_on_shard, first=first, blocks=blocks, interpret=platform() != 'tpu')
   axes, rows = ('batch', 'act_heads', None, None), ('batch', None)
   y = on_shards(run, (axes, axes, axes, rows, rows), axes)(*heads, *segments)
   return y.swapaxes(1, 2)[:, : q.shape[1]]
 
 
-def _splash_on_shard(q, k, v, query_segments, key_segments, *, causal: bool, block: int, interpret: bool) -> jax.Array:
-  """Whole blocks of the rows and heads of one device: [b n L H], [b k S H] and their segments."""
-  shape = (q.shape[2], k.shape[2])
-  one = splash_attention.CausalMask(shape) if causal else splash_attention.FullMask(shape)
+def _block(length: int) -> int:
+  return min(_BLOCKS, key=lambda size: -length % size)  # the least padding, then the largest
+
+
+def _splash_on_shard(
+  q, k, v, query_segments, key_segments, *, first: int | None, blocks: tuple[int, int], interpret: bool
+) -> jax.Array:
+  """Whole blocks of the rows and heads of one device: [b n L H], [b k S H] and their segments.
+
+  first: the key of the first query, which sees none behind it; None = everybody sees everybody.
+  """
+  shape, (of_queries, of_keys) = (q.shape[2], k.shape[2]), blocks
+  one = splash_attention.FullMask(shape) if first is None else splash_attention.CausalMask(shape, first)
   sizes = splash_attention.BlockSizes(
-    block_q=block,
-    block_kv=block,
-    block_q_dkv=block,
-    block_kv_dkv=block,
+    block_q=of_queries,
+    block_kv=of_keys,
+    block_q_dkv=of_queries,
+    block_kv_dkv=of_keys,
     use_fused_bwd_kernel=True,
   )
   kernel = splash_attention.make_splash_mha(

@@ -81,8 +81,10 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.R
   return jax.vmap(build)(jax.random.split(rngs.params(), count))
 
 
-def scan_layers(body: Callable, x: Any, layers: Any, config: ScanConfig) -> tuple[Any, Any]:
-  """lax.scan of `body(x, layer) -> (x, out)` over stacked layers; `ScanConfig.remat` says what each keeps."""
+def remat(body: Callable, config: ScanConfig, *, prevent_cse: bool = True) -> Callable:
+  """`body`, of which `ScanConfig.remat` says what is kept for the backward pass."""
+  if config.remat == 'none':
+    return body
   policies, save = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names
   keep = dict(
     full=None,
@@ -90,10 +92,13 @@ def scan_layers(body: Callable, x: Any, layers: Any, config: ScanConfig) -> tupl
     projections=save(CONTEXT, PROJECTION),
     dots=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, save(CONTEXT)),
   )
-  if config.remat != 'none':
-    # A rolled loop already keeps the compiler from merging the two computations of a layer.
-    body = jax.checkpoint(body, policy=keep[config.remat], prevent_cse=config.unroll)
-  return jax.lax.scan(body, x, layers, unroll=config.unroll)
+  return jax.checkpoint(body, policy=keep[config.remat], prevent_cse=prevent_cse)
+
+
+def scan_layers(body: Callable, x: Any, layers: Any, config: ScanConfig) -> tuple[Any, Any]:
+  """lax.scan of `body(x, layer) -> (x, out)` over stacked layers; `ScanConfig.remat` says what each keeps."""
+  # A rolled loop already keeps the compiler from merging the two computations of a layer.
+  return jax.lax.scan(remat(body, config, prevent_cse=config.unroll), x, layers, unroll=config.unroll)
 
 
 class LayerNorm(nnx.Module):
@@ -160,6 +165,10 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def _last(x: jax.Array, count: int | None) -> jax.Array:
+  return x if count is None else x[:, x.shape[1] - count :]
+
+
 class LlamaAttention(nnx.Module):
   """Grouped-query attention with rotary embedding and no biases."""
 
@@ -171,7 +180,7 @@ class LlamaAttention(nnx.Module):
     self.v_proj = param(rngs, init, (d, k, h), ('embed', 'kv_heads', 'head_dim'))
     self.o_proj = param(rngs, init, (n, h, d), ('heads', 'head_dim', 'embed'))
 
-  def __call__(self, x, rope, mask, cache=None):
+  def __call__(self, x, rope, mask, cache=None, last=None):
     """Attends within x, or within `cache` after writing x into it.
 
     Args:
@@ -179,10 +188,11 @@ class LlamaAttention(nnx.Module):
       rope: cos, sin float32[B L H/2].
       mask: of `AttentionMask.resolve`, or bool[B 1 L S], True = may attend; S is L without a cache.
       cache: keys [B S K H], values [B S K H], slots int32[B L] where x's tokens are written (S = dropped).
+      last: only so many tokens of x, its last, ask; None = all. `mask` is theirs then.
     Returns:
-      [B L D], and the keys and values attended to.
+      [B L D], or [B last D], and the keys and values attended to.
     """
-    q, k, v = self.heads(x, rope)
+    q, k, v = self.heads(x, rope, last)
     if cache is not None:
       keys, values, slots = cache
       write = jax.vmap(lambda store, at, new: store.at[at].set(new.astype(store.dtype), mode='drop'))
@@ -190,10 +200,13 @@ class LlamaAttention(nnx.Module):
     y = attend(q, k.astype(x.dtype), v.astype(x.dtype), mask)
     return linear(y, self.o_proj[...], inputs=2), (k, v)
 
-  def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [B L D] -> rotated queries [B L N H] and keys [B L K H], and values [B L K H]."""
-    q, k, v = (linear(x, kernel[...]) for kernel in (self.q_proj, self.k_proj, self.v_proj))
-    q, k = rotate(q, rope), rotate(k, rope)
+  def heads(
+    self, x: jax.Array, rope: tuple[jax.Array, jax.Array], last: int | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B L D] -> rotated queries [B L N H], or of the last tokens alone, and keys [B L K H], and values [B L K H]."""
+    q = linear(_last(x, last), self.q_proj[...])
+    k, v = (linear(x, kernel[...]) for kernel in (self.k_proj, self.v_proj))
+    q, k = rotate(q, tuple(_last(table, last) for table in rope)), rotate(k, rope)
     q, k, v = (checkpoint_name(x, PROJECTION) for x in (q, k, v))
     return constrain(q, 'batch', 'length', 'act_heads', None), k, v
 
@@ -222,9 +235,9 @@ class LlamaLayer(nnx.Module):
     self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
     self.mlp = LlamaMLP(config, rngs=rngs)
 
-  def __call__(self, x, rope, mask, cache=None):
-    """See LlamaAttention; returns [B L D] and the keys and values attended to."""
-    y, kv = self.self_attn(self.input_layernorm(x), rope, mask, cache)
-    x = x + y
+  def __call__(self, x, rope, mask, cache=None, last=None):
+    """See LlamaAttention; returns [B L D], or [B last D], and the keys and values attended to."""
+    y, kv = self.self_attn(self.input_layernorm(x), rope, mask, cache, last)
+    x = _last(x, last) + y
     x = x + self.mlp(self.post_attention_layernorm(x))
     return constrain(x, 'batch', 'length', 'act_embed'), kv

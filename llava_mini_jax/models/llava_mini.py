@@ -260,9 +260,9 @@ class LlavaMini(nnx.Module):
       branch_ids = jnp.pad(branch_ids, ((0, 0), (seen.shape[1], 0)))
     x = jnp.concatenate([seen, text], axis=1)
     valid = jnp.concatenate([valid, text_mask], axis=1)
-    x = self.prefusion(constrain(x, 'batch', 'length', 'act_embed'), valid, branch_ids)
-    vision = x[:, : seen.shape[1]] if fuse_compressed else vision
-    return vision[:, first:], x[:, seen.shape[1] :], kept
+    slots = seen.shape[1] - first if fuse_compressed else 0
+    x = self.prefusion(constrain(x, 'batch', 'length', 'act_embed'), valid, branch_ids, last=slots + text.shape[1])
+    return x[:, :slots] if fuse_compressed else vision[:, first:], x[:, slots:], kept
 
   def see_once(self, features: jax.Array) -> Seen:
     """Features [n V P W] -> what any text finds of these visuals: the part of `fuse` before the text."""
@@ -273,10 +273,10 @@ class LlavaMini(nnx.Module):
       nothing = jnp.zeros((0, len(features), 0, self.config.decoder.num_key_value_heads, 1), self.dtype)
       return Seen(vision[:, first:], nothing, nothing)
     fuse_compressed = self.config.prefusion.fuse_compressed
-    x, keys, values = self.prefusion.see(
-      constrain(vision if fuse_compressed else patches, 'batch', 'length', 'act_embed')
-    )
-    return Seen((x if fuse_compressed else vision)[:, first:], keys, values)
+    seen = vision if fuse_compressed else patches
+    slots = seen.shape[1] - first if fuse_compressed else 0
+    x, keys, values = self.prefusion.see(constrain(seen, 'batch', 'length', 'act_embed'), slots)
+    return Seen(x if fuse_compressed else vision[:, first:], keys, values)
 
   def read(self, text: jax.Array, seen: Seen) -> jax.Array:
     """Raw embeddings [n T D], each with its visual -> fused text [n T D], as `fuse` gives it. Padding comes last."""

@@ -8,7 +8,6 @@ nothing of it depends on the text: `see` and `read` are `__call__` cut between t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from flax import nnx
 
 from llava_mini_jax.config import DecoderConfig, PrefusionConfig, ScanConfig
 from llava_mini_jax.models.attention import AttentionMask
-from llava_mini_jax.models.layers import LlamaLayer, rope_tables, scan_layers, stack_layers
+from llava_mini_jax.models.layers import LlamaLayer, remat, rope_tables, scan_layers, stack_layers
 
 
 def positions_and_mask(valid: jax.Array, branch_ids: jax.Array | None = None) -> tuple[jax.Array, AttentionMask]:
@@ -34,36 +33,64 @@ class Prefusion(nnx.Module):
   def __init__(
     self, config: PrefusionConfig, decoder: DecoderConfig, *, scan: ScanConfig, attention: str, rngs: nnx.Rngs
   ):
+    self.config = config
     self.decoder_config = decoder
     self.scan = scan
     self.attention = attention
     self.layers = stack_layers(lambda rngs: LlamaLayer(decoder, rngs=rngs), config.num_layers, rngs)
 
   def __call__(
-    self, x: jax.Array, valid: jax.Array, branch_ids: jax.Array | None = None, *, return_hidden: bool = False
+    self,
+    x: jax.Array,
+    valid: jax.Array,
+    branch_ids: jax.Array | None = None,
+    *,
+    last: int | None = None,
+    return_hidden: bool = False,
   ):
     """x [B L D], valid bool[B L] -> [B L D], and with `return_hidden` every layer's output [layer B L D].
 
-    What comes out at masked slots means nothing. branch_ids: int[B L], see `types.Batch`.
+    What comes out at masked slots means nothing. branch_ids: int[B L], see `types.Batch`. last: only so many slots are
+    wanted, the last ones: [B last D]. Of the others the last layer then makes no more than keys and values; every
+    layer's output is to be had of all slots alone.
     """
-    x, hidden = self._run(x, *positions_and_mask(valid, branch_ids), lambda x, _: x if return_hidden else None)
-    return (x, hidden) if return_hidden else x
-
-  def see(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Vision tokens [B S D], all valid -> [B S D], and the keys and values [layer B S K H] that text attends to."""
-    x, (keys, values) = self._run(x, *positions_and_mask(jnp.ones(x.shape[:2], bool)), lambda _, kv: kv)
-    return x, keys, values
-
-  def _run(self, x: jax.Array, positions: jax.Array, mask: AttentionMask, keep: Callable) -> tuple[jax.Array, Any]:
-    """[B L D], and `keep` of each layer's output and its keys and values."""
-    rope = rope_tables(positions, self.decoder_config)
-    mask = mask.resolve(self.attention, self.decoder_config.head_dim)
+    run = self._runner(*positions_and_mask(valid, branch_ids))
 
     def body(x, layer):
-      x, kv = layer(x, rope, mask)
-      return x, keep(x, kv)
+      x, _ = run(x, layer)
+      return x, x if return_hidden else None
 
-    return scan_layers(body, x, self.layers, self.scan)
+    if return_hidden or last is None:
+      x, hidden = scan_layers(body, x, self.layers, self.scan)
+      return (x, hidden) if return_hidden else x
+    x, _ = scan_layers(body, x, self._some(slice(-1)), self.scan)
+    asks = max(last, 1)
+    x = remat(lambda x, layer: run(x, layer, asks)[0], self.scan)(x, self._some(-1))
+    return x[:, asks - last :]
+
+  def see(self, x: jax.Array, last: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Vision tokens [B S D], all valid -> the last of them [B last D], keys and values [layer B S K H] for the text."""
+    run = self._runner(*positions_and_mask(jnp.ones(x.shape[:2], bool)))
+    # Layer by layer: a slice of the stack would be a copy of it, and cost an image more time than it saves.
+    before = jnp.arange(self.config.num_layers - 1)
+    x, most = jax.lax.scan(lambda x, i: run(x, self._some(i)), x, before, unroll=self.scan.unroll)
+    asks = max(last, 1)
+    x, kv = run(x, self._some(-1), asks)
+    keys, values = (jnp.concatenate([a, b[None]]) for a, b in zip(most, kv, strict=True))
+    return x[:, asks - last :], keys, values
+
+  def _runner(self, positions: jax.Array, mask: AttentionMask) -> Callable:
+    """(x [B L D], a layer, how many of its last slots are wanted) -> [B L D] or [B last D], keys and values."""
+    rope, head_dim = rope_tables(positions, self.decoder_config), self.decoder_config.head_dim
+    of_all = mask.resolve(self.attention, head_dim)
+
+    def run(x, layer, last=None):
+      return layer(x, rope, of_all if last is None else mask.of_last(last).resolve(self.attention, head_dim), last=last)
+
+    return run
+
+  def _some(self, which: int | slice | jax.Array) -> LlamaLayer:
+    return jax.tree.map(lambda leaf: leaf[which], self.layers)
 
   def read(self, text: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Text [B T D] after the vision tokens that `see` was given: [B T D]. Padding comes last, and means nothing."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from llava_mini_jax.sharding import mesh_axes, on_shards
 
-_CHUNK_BYTES = 2**27  # of float32 logits per device
+_CHUNK_BYTES = 2**28  # of float32 logits per device
 
 
 def next_token_loss(

@@ -188,24 +188,23 @@ def test_three_hours_of_video_fit_24_gib():
 
 @pytest.mark.parametrize('remat', ['full', 'attention', 'projections'])
 def test_kept_activations_are_the_residuals_of_the_backward_pass(remat):
-  """Of a stack of layers: leaves of the VJP that grow with its depth and are no parameters."""
-
-  def kept(layers):
-    config = small_config(prefusion=dict(num_layers=layers), scan=ScanConfig(remat=remat))
-    decoder = dataclasses.replace(config.decoder, hidden_size=40)
-    stack = nnx.eval_shape(
-      lambda: Prefusion(config.prefusion, decoder, scan=config.scan, attention='jnp', rngs=nnx.Rngs(0))
-    )
-    graphdef, params = nnx.split(stack)
-    x = jax.ShapeDtypeStruct((2, 21, 40), jnp.float32)
-    valid = jnp.ones((2, 21), bool)
-    shapes = jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: nnx.merge(graphdef, p)(x, valid), p, x)[1], params, x)
-    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-    leaves = [leaf for leaf in jax.tree.leaves(shapes) if leaf.shape not in weights]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.shape[:1] == (layers,)), config, decoder
-
-  found, config, decoder = kept(5)
+  """Of a stack of layers: leaves of the VJP as wide as the hidden states or a head that are no parameters."""
+  config = small_config(prefusion=dict(num_layers=5), scan=ScanConfig(remat=remat))
+  decoder = dataclasses.replace(config.decoder, hidden_size=40)
   config = dataclasses.replace(config, decoder=decoder)
+  stack = nnx.eval_shape(
+    lambda: Prefusion(config.prefusion, decoder, scan=config.scan, attention='jnp', rngs=nnx.Rngs(0))
+  )
+  graphdef, params = nnx.split(stack)
+  x, valid = jax.ShapeDtypeStruct((2, 21, 40), jnp.float32), jnp.ones((2, 21), bool)
+
+  def residuals(params, x):
+    return jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x, valid, last=1 + 4), params, x)[1]
+
+  of_layer = {leaf.shape[1:] for leaf in jax.tree.leaves(params)}
+  weights = of_layer | {(4, *shape) for shape in of_layer}  # of the last layer, of those before it
+  kept = [leaf for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, x)) if leaf.shape not in weights]
+  found = sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape[-1:] in ((40,), (decoder.head_dim,)))
   sizes = dict(rows=2, length=1, visuals=1, fused_text=21 - 16 - 1)
   assert kept_activation_bytes(config, element_bytes=4, **sizes)['prefusion'] == found
 

@@ -60,6 +60,13 @@ def test_the_kernel_is_jnp(length, causal):
     equal(*(values_and_gradients(kind, mask, *heads(length)) for kind in ('splash', 'jnp')))
 
 
+@pytest.mark.parametrize(('length', 'last'), [(300, 1), (600, 130), (700, 699)])
+def test_the_kernel_is_jnp_for_the_last_queries(length, last):
+  mask = AttentionMask(segments(length), segments(length)).of_last(last)
+  q, k, v = heads(length)
+  equal(*(values_and_gradients(kind, mask, q[:, -last:], k, v) for kind in ('splash', 'jnp')))
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('masked', [True, False])
 @pytest.mark.parametrize(('length', 'keys', 'shared'), [(33, 33, 4), (33, 50, 2), (1, 50, 1)])
@@ -101,6 +108,8 @@ def test_who_sees_whom():
         if branch_ids is not None:
           sees &= branches[row, key] in (0, branches[row, query])
         assert allowed[row, query, key] == sees
+      last = AttentionMask(ids, ids, branch_ids, causal=causal).of_last(5).allowed()
+      np.testing.assert_array_equal(last, allowed[:, -5:])
 
 
 def test_which_one_is_chosen():

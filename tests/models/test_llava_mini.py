@@ -617,7 +617,7 @@ def test_scan_options_are_in_the_program():
     return str(jax.make_jaxpr(lambda params: merge(structure(config), params)(batch))(unflatten(random_params(config))))
 
   assert 'remat' not in program() and 'remat' in program(remat='full')
-  assert 'unroll=1' in program() and 'unroll=1' not in program(unroll=True)
+  assert 'unroll=2' not in program() and 'unroll=2' in program(unroll=True)
 
 
 def test_uint8_pixels_are_normalised_inside():
