@@ -68,14 +68,6 @@ def _llama_layers(config: DecoderConfig, layers: int, tokens: int, asks: int | N
   return layers * np.array([2.0 * weights, 4.0 * asks * tokens * n * h])
 
 
-def _prefusion(config: LlavaMiniConfig, views: int, text: int) -> np.ndarray:
-  layers, tokens = config.prefusion.num_layers, fused_visual_length(config, views) + text
-  if not layers:
-    return np.zeros(2)
-  last = _llama_layers(config.decoder, 1, tokens, read_length(config, views) + text)
-  return _llama_layers(config.decoder, layers - 1, tokens) + last
-
-
 def _vision(model: LlavaMiniConfig) -> np.ndarray:
   config = model.vision
   w, f, tokens = config.hidden_size, config.intermediate_size, config.num_patches + 1
@@ -95,13 +87,14 @@ def _parts(
   kind = config.compressor_class if c else None
   projected = patches + (c if kind and config.compressor.space == 'vision' and not kind.projects else 0)
   compressor = np.array(kind.flops(config, keys, images, fused_text) if kind else (0.0, 0.0))
+  fusion = prefusion_parts(config, views=views, text=fused_text)
   parts = decoder_parts(config, length=length, visuals=visuals, views=views)
   layers = sum(_llama_layers(config.decoder, *part) for part in parts)
   return dict(
     vision=images * views * _vision(config),
     projector=np.array([images * 2.0 * projected * (w * d + d * d), 0.0]),
     compressor=compressor,
-    prefusion=images * _prefusion(config, views, fused_text),
+    prefusion=images * sum((_llama_layers(config.decoder, *part) for part in fusion), np.zeros(2)),
     decoder=rows * (layers + (2.0 * length * d * config.decoder.vocab_size, 0.0)),
   )
 
@@ -140,11 +133,14 @@ def fused_visual_length(config: LlavaMiniConfig, views: int = 1) -> int:
   return views * config.vision.num_patches + (config.new_tokens(views) if compressed else 0)
 
 
-def read_length(config: LlavaMiniConfig, views: int = 1) -> int:
-  """How many of a visual's tokens in pre-fusion something reads when they come out of it: the last ones."""
-  if config.compressor.within:
-    return fused_visual_length(config, views)
-  return config.slots_per_visual(views) if config.prefusion.fuse_compressed else 0
+def prefusion_parts(config: LlavaMiniConfig, *, views: int, text: int) -> list[tuple[int, int, int]]:
+  """(layers, tokens, those that are more than keys and values) for a visual: of the last layer, what is read."""
+  layers, vision = config.prefusion.num_layers, fused_visual_length(config, views)
+  if not layers:
+    return []
+  read = vision if config.compressor.within else config.slots_per_visual(views)
+  read = read if config.prefusion.fuse_compressed else 0
+  return [(layers - 1, vision + text, vision + text), (1, vision + text, max(1, read + text))]
 
 
 def decoder_parts(config: LlavaMiniConfig, *, length: int, visuals: int, views: int = 1) -> list[tuple[int, int]]:
@@ -250,8 +246,7 @@ def recomputed_flops(
   """
   d, v = config.decoder, config.vision
   rows, views = sizes['rows'], sizes.get('views', 1)
-  images, text, fusing = rows * sizes['visuals'], sizes['fused_text'], config.prefusion.num_layers
-  fused = fused_visual_length(config, views) + text
+  images, fusion = rows * sizes['visuals'], prefusion_parts(config, views=views, text=sizes['fused_text'])
   n, k, h = d.num_attention_heads, d.num_key_value_heads, d.head_dim
   llama = dict(
     kv=d.hidden_size * h * 2 * k, q=d.hidden_size * h * n, mlp=2 * d.hidden_size * d.intermediate_size
@@ -260,8 +255,7 @@ def recomputed_flops(
   decoder = decoder_parts(config, length=sizes['length'], visuals=sizes['visuals'], views=views)
   stations = (  # sequences, layers, tokens, those that are more than keys and values
     ('vision', images * views, v.run_layers, v.num_patches + 1, v.num_patches + 1, tower, v.hidden_size),
-    ('prefusion', images, max(0, fusing - 1), fused, fused, llama, n * h),
-    ('prefusion', images, min(1, fusing), fused, read_length(config, views) + text, llama, n * h),
+    *(('prefusion', images, *part, llama, n * h) for part in fusion),
     *(('decoder', rows, layers, tokens, tokens, llama, n * h) for layers, tokens in decoder),
   )
   total, passes = 0.0, False

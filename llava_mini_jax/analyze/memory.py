@@ -14,7 +14,7 @@ from llava_mini_jax.analyze.flops import (
   decoder_parts,
   fused_visual_length,
   kept_parts,
-  read_length,
+  prefusion_parts,
   require_lasting_tokens,
 )
 from llava_mini_jax.config import DecoderConfig, LlavaMiniConfig, require_choice
@@ -92,18 +92,19 @@ def kept_activation_bytes(config: LlavaMiniConfig, *, element_bytes: int = 2, **
   Raises:
     ConfigError: remat `dots` or `none`, which keep what only the compiled program shows (launch/compile_tpu.py).
   """
-  d, views = config.decoder, sizes.get('views', 1)
-  images, fused = sizes['rows'] * sizes['visuals'], fused_visual_length(config, views) + sizes['fused_text']
-  parts = decoder_parts(config, length=sizes['length'], visuals=sizes['visuals'], views=views)
-  decoder = sizes['rows'] * sum(layers * tokens for layers, tokens in parts)
-  prefusion = images * config.prefusion.num_layers * fused
-  unread = fused_visual_length(config, views) - read_length(config, views) if prefusion else 0
+  d, views, images = config.decoder, sizes.get('views', 1), sizes['rows'] * sizes['visuals']
+  decoder = decoder_parts(config, length=sizes['length'], visuals=sizes['visuals'], views=views)
+  fusion = prefusion_parts(config, views=views, text=sizes['fused_text'])
+  parts = dict(  # sequences, and their layers, tokens, and those that are more than keys and values
+    prefusion=(images, fusion), decoder=(sizes['rows'], [(layers, tokens, tokens) for layers, tokens in decoder])
+  )
   context, projections = d.num_attention_heads * d.head_dim, 2 * d.num_key_value_heads * d.head_dim
   kept = {}
-  # Tokens of all layers, and those that are more than keys and values.
-  for name, count, asks in (('prefusion', prefusion, prefusion - images * unread), ('decoder', decoder, decoder)):
+  for name, (sequences, part) in parts.items():
     remat = config.scan.of(name).remat
     require_choice(f'{name} remat', remat, ('full', 'attention', 'projections'))
-    size = count * d.hidden_size + (remat != 'full') * asks * context
-    kept[name] = (size + (remat == 'projections') * (asks * context + count * projections)) * element_bytes
+    of_token = d.hidden_size + (remat == 'projections') * projections
+    of_query = (remat != 'full') * context + (remat == 'projections') * context
+    size = sum(layers * (tokens * of_token + asks * of_query) for layers, tokens, asks in part)
+    kept[name] = sequences * size * element_bytes
   return kept

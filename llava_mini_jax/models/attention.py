@@ -74,8 +74,8 @@ class AttentionMask:
     """What `attend` takes: this description for the kernel, or bool[B 1 L S] for jnp, made once for all layers.
 
     Args:
-      kind: 'jnp'; 'splash' (interpreted, slowly, where there is no TPU); 'auto' = splash on TPUs if the row is long
-        enough and the heads fill its lanes. Rows that do not divide over the mesh go to jnp, and so do rows with
+      kind: 'jnp'; 'splash' (interpreted, slowly, where there is no TPU); 'auto' = splash on TPUs if enough tokens ask
+        and the heads fill its lanes. Rows that do not divide over the mesh go to jnp, and so do rows with
         branches, roles or another order, which the kernel does not know.
     Raises:
       ConfigError: another kind.
@@ -155,15 +155,15 @@ _heads_first.defvjp(_forward, _backward)
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
   """Rows are padded to whole blocks; a segment of its own keeps the padding out."""
-  blocks = _block(q.shape[1]), _block(k.shape[1])
+  blocks = of_queries, of_keys = _block(q.shape[1]), _block(k.shape[1])
 
-  def pad(x, value=0):
-    length = x.shape[1]
-    return jnp.pad(x, ((0, 0), (0, -length % _block(length)), *((0, 0),) * (x.ndim - 2)), constant_values=value)
+  def pad(x, block, value=0):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
-  segments = splash_attention.SegmentIds(pad(mask.query_segments, -1), pad(mask.key_segments, -1))
+  segments = splash_attention.SegmentIds(pad(mask.query_segments, of_queries, -1), pad(mask.key_segments, of_keys, -1))
   # The kernel does not scale; dividing here rounds once more only for heads that are no power of four wide.
-  heads = (pad(x).swapaxes(1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))  # [B N L H], [B K L H]
+  q = q / math.sqrt(q.shape[-1])
+  heads = (pad(x, block).swapaxes(1, 2) for x, block in ((q, of_queries), (k, of_keys), (v, of_keys)))  # [B N L H]
   first = k.shape[1] - q.shape[1] if mask.causal else None
   run = functools.partial(_splash_on_shard, first=first, blocks=blocks, interpret=platform() != 'tpu')
   axes, rows = ('batch', 'act_heads', None, None), ('batch', None)

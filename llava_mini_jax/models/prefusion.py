@@ -8,6 +8,7 @@ nothing of it depends on the text: `see` and `read` are `__call__` cut between t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Prefusion(nnx.Module):
   def __init__(
     self, config: PrefusionConfig, decoder: DecoderConfig, *, scan: ScanConfig, attention: str, rngs: nnx.Rngs
   ):
-    self.config = config
+    self.num_layers = config.num_layers
     self.decoder_config = decoder
     self.scan = scan
     self.attention = attention
@@ -51,46 +52,51 @@ class Prefusion(nnx.Module):
     """x [B L D], valid bool[B L] -> [B L D], and with `return_hidden` every layer's output [layer B L D].
 
     What comes out at masked slots means nothing. branch_ids: int[B L], see `types.Batch`. last: only so many slots are
-    wanted, the last ones: [B last D]. Of the others the last layer then makes no more than keys and values; every
-    layer's output is to be had of all slots alone.
+    wanted, the last ones, [B last D]; of the others the last layer makes keys and values alone. Raises ValueError for
+    `last` with `return_hidden`.
     """
-    run = self._runner(*positions_and_mask(valid, branch_ids))
-
-    def body(x, layer):
-      x, _ = run(x, layer)
-      return x, x if return_hidden else None
-
-    if return_hidden or last is None:
-      x, hidden = scan_layers(body, x, self.layers, self.scan)
-      return (x, hidden) if return_hidden else x
-    x, _ = scan_layers(body, x, self._some(slice(-1)), self.scan)
-    asks = max(last, 1)
-    x = remat(lambda x, layer: run(x, layer, asks)[0], self.scan)(x, self._some(-1))
-    return x[:, asks - last :]
+    positions, mask = positions_and_mask(valid, branch_ids)
+    if return_hidden:
+      if last is not None:
+        raise ValueError(f'pre-fusion: expected all slots with return_hidden; found last={last}')
+      return self._hidden(x, positions, mask)
+    return self._run(x, positions, mask, x.shape[1] if last is None else last, lambda _: None)[0]
 
   def see(self, x: jax.Array, last: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Vision tokens [B S D], all valid -> the last of them [B last D], keys and values [layer B S K H] for the text."""
-    run = self._runner(*positions_and_mask(jnp.ones(x.shape[:2], bool)))
-    # Layer by layer: a slice of the stack would be a copy of it, and cost an image more time than it saves.
-    before = jnp.arange(self.config.num_layers - 1)
-    x, most = jax.lax.scan(lambda x, i: run(x, self._some(i)), x, before, unroll=self.scan.unroll)
-    asks = max(last, 1)
-    x, kv = run(x, self._some(-1), asks)
-    keys, values = (jnp.concatenate([a, b[None]]) for a, b in zip(most, kv, strict=True))
-    return x[:, asks - last :], keys, values
+    x, *parts = self._run(x, *positions_and_mask(jnp.ones(x.shape[:2], bool)), last, lambda kv: kv)
+    keys, values = (jnp.concatenate([most, of_last[None]]) for most, of_last in zip(*parts, strict=True))
+    return x, keys, values
 
-  def _runner(self, positions: jax.Array, mask: AttentionMask) -> Callable:
-    """(x [B L D], a layer, how many of its last slots are wanted) -> [B L D] or [B last D], keys and values."""
+  def _run(
+    self, x: jax.Array, positions: jax.Array, mask: AttentionMask, last: int, keep: Callable
+  ) -> tuple[jax.Array, Any, Any]:
+    """[B last D], and `keep` of the keys and values of the layers before the last, stacked, and of the last."""
     rope, head_dim = rope_tables(positions, self.decoder_config), self.decoder_config.head_dim
-    of_all = mask.resolve(self.attention, head_dim)
+    asks = max(last, 1)  # somebody must: products of no rows are refused
+    of_all, of_last = (m.resolve(self.attention, head_dim) for m in (mask, mask.of_last(asks)))
 
-    def run(x, layer, last=None):
-      return layer(x, rope, of_all if last is None else mask.of_last(last).resolve(self.attention, head_dim), last=last)
+    # One layer at a time: a slice of the stack would be a copy of it, and prompts would not fit where weights just do.
+    def body(x, i):
+      x, kv = self._layer(i)(x, rope, of_all)
+      return x, keep(kv)
 
-    return run
+    x, most = scan_layers(body, x, jnp.arange(self.num_layers - 1), self.scan)
+    x, kv = remat(lambda x, layer: layer(x, rope, of_last, last=asks), self.scan)(x, self._layer(-1))
+    return x[:, asks - last :], most, keep(kv)
 
-  def _some(self, which: int | slice | jax.Array) -> LlamaLayer:
-    return jax.tree.map(lambda leaf: leaf[which], self.layers)
+  def _layer(self, i: int | jax.Array) -> LlamaLayer:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[i], self.layers)
+
+  def _hidden(self, x: jax.Array, positions: jax.Array, mask: AttentionMask) -> tuple[jax.Array, jax.Array]:
+    rope = rope_tables(positions, self.decoder_config)
+    mask = mask.resolve(self.attention, self.decoder_config.head_dim)
+
+    def body(x, layer):
+      x, _ = layer(x, rope, mask)
+      return x, x
+
+    return scan_layers(body, x, self.layers, self.scan)
 
   def read(self, text: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Text [B T D] after the vision tokens that `see` was given: [B T D]. Padding comes last, and means nothing."""

@@ -50,10 +50,10 @@ CASES = {
 @pytest.mark.parametrize('views', [1, 5])
 @pytest.mark.parametrize('case', CASES)
 def test_forward(case, views):
-  for fusion in (0, 2):
-    if case == 'query without tokens' and not fusion:
+  for fusion in (dict(num_layers=0), dict(num_layers=2), dict(num_layers=1, fuse_compressed=False)):
+    if case == 'query without tokens' and not fusion['num_layers']:
       continue
-    config = small_config(compressor=CASES[case], prefusion=dict(num_layers=fusion))
+    config = small_config(compressor=CASES[case], prefusion=fusion)
     sizes = dict(rows=2, length=160, visuals=2, fused_text=24, views=views)
     graphdef, params = abstract_model(config)
     program = jax.make_jaxpr(lambda params, batch, graphdef=graphdef: nnx.merge(graphdef, params)(batch))

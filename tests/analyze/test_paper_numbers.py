@@ -202,7 +202,7 @@ def test_kept_activations_are_the_residuals_of_the_backward_pass(remat):
     return jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x, valid, last=1 + 4), params, x)[1]
 
   of_layer = {leaf.shape[1:] for leaf in jax.tree.leaves(params)}
-  weights = of_layer | {(4, *shape) for shape in of_layer}  # of the last layer, of those before it
+  weights = of_layer | {(5, *shape) for shape in of_layer}  # of the last layer, and the whole stack
   kept = [leaf for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, x)) if leaf.shape not in weights]
   found = sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape[-1:] in ((40,), (decoder.head_dim,)))
   sizes = dict(rows=2, length=1, visuals=1, fused_text=21 - 16 - 1)

@@ -60,9 +60,9 @@ def test_the_kernel_is_jnp(length, causal):
     equal(*(values_and_gradients(kind, mask, *heads(length)) for kind in ('splash', 'jnp')))
 
 
-@pytest.mark.parametrize(('length', 'last'), [(300, 1), (600, 130), (700, 699)])
-def test_the_kernel_is_jnp_for_the_last_queries(length, last):
-  mask = AttentionMask(segments(length), segments(length)).of_last(last)
+@pytest.mark.parametrize(('length', 'last', 'causal'), [(300, 1, True), (600, 130, True), (700, 699, False)])
+def test_the_kernel_is_jnp_for_the_last_queries(length, last, causal):
+  mask = AttentionMask(segments(length), segments(length), causal=causal).of_last(last)
   q, k, v = heads(length)
   equal(*(values_and_gradients(kind, mask, q[:, -last:], k, v) for kind in ('splash', 'jnp')))
 

@@ -39,6 +39,7 @@ def case(*, layers: int, attention: str = 'jnp', scan: ScanConfig | None = None)
   ('layers', 'attention', 'scan', 'branched'),
   [
     (1, 'jnp', None, False),
+    (1, 'jnp', ScanConfig(remat='none', unroll=True), False),
     (3, 'jnp', ScanConfig(remat='dots'), True),
     (3, 'jnp', ScanConfig(remat='full', unroll=True), False),
     (2, 'splash', ScanConfig(remat='attention'), False),
@@ -66,9 +67,12 @@ def test_the_last_slots_are_those_of_all(layers, attention, scan, branched, last
     close(grad, expected, path, TOLERANCE * max(1.0, float(np.abs(expected).max())))
 
 
-@pytest.mark.parametrize('layers', [1, 3])
-def test_what_is_seen_once_is_what_is_seen_with_text(layers):
-  prefusion, params, x, _, _ = case(layers=layers)
+@pytest.mark.parametrize(
+  ('layers', 'attention', 'scan'),
+  [(1, 'jnp', None), (3, 'jnp', ScanConfig(remat='none', unroll=True)), (3, 'splash', ScanConfig(remat='full'))],
+)
+def test_what_is_seen_once_is_what_is_seen_with_text(layers, attention, scan):
+  prefusion, params, x, _, _ = case(layers=layers, attention=attention, scan=scan)
   vision, text = x[:, :16], x[:, 16:]
 
   def apart(params):
@@ -80,3 +84,15 @@ def test_what_is_seen_once_is_what_is_seen_with_text(layers):
   last, fused = quick_jit(apart)(params)
   close(last, together[:, 13:16], 'vision', TOLERANCE)
   close(fused, together[:, 16:], 'text', TOLERANCE)
+
+
+def test_nothing_may_be_wanted_but_keys_and_values():
+  prefusion, params, x, valid, _ = case(layers=2)
+  module = prefusion(params)
+  assert module(x, valid, last=0).shape == (ROWS, 0, x.shape[2])
+  (none, keys, values), (_, *others) = (module.see(x, last) for last in (0, LENGTH))
+  assert none.shape == (ROWS, 0, x.shape[2])
+  for ours, theirs in zip((keys, values), others, strict=True):
+    close(ours, theirs, 'keys and values', TOLERANCE)
+  with pytest.raises(ValueError, match='^pre-fusion: expected all slots with return_hidden; found last=3$'):
+    module(x, valid, last=3, return_hidden=True)
