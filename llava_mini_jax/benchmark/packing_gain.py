@@ -38,7 +38,7 @@ def assumed_sizes(samples: int, seed: int = 0) -> np.ndarray:
 
 def gains(
   samples: int = 20_000,
-  shapes: tuple[tuple[int, int], ...] = ((1024, 8), (2048, 8), (2048, 16), (4096, 32)),
+  shapes: tuple[tuple[int, int], ...] = ((1024, 8), (2048, 8), (2048, 10), (2048, 16), (4096, 32)),
   windows: tuple[int, ...] = (64, 512, 4096),
 ) -> Iterator[Gain]:
   """One for each shape (tokens, visuals) of a row and each window."""
