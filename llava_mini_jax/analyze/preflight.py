@@ -52,6 +52,7 @@ class Preflight:
   cost: StepCost | None  # None if it does not compile for lack of memory, or for a CPU
   note: str = ''
   micro_steps: int = 1
+  parameter_bits: int = 32  # of those that train
 
   def mfu(self, seconds: float) -> float:
     """Model FLOPs utilisation, if a step takes so long."""
@@ -136,6 +137,7 @@ def preflight(
     cost=cost if chip else None,
     note=chip.note if chip else '',
     micro_steps=program.micro_steps,
+    parameter_bits=max((_bits(leaf.dtype) for leaf in jax.tree.leaves(program.kinds['parameters'])), default=0),
   ), text
 
 
@@ -148,7 +150,9 @@ def suggestion(report: Preflight) -> str:
   if state > 0.9 * report.capacity:
     shards = report.mesh['fsdp'] * report.mesh['tensor']
     wider = f'--mesh=1,{report.devices},1' if shards < report.devices else 'a larger topology'
-    smaller = ', --config.train.param_dtype=bfloat16, or adapters (docs/training.md, LoRA)' if training else ''
+    smaller = ', or adapters (docs/training.md, LoRA)' if training else ''
+    if training and report.parameter_bits > 16:
+      smaller = f', --config.train.param_dtype=bfloat16{smaller}'
     return f'what stays in memory takes {state / GIB:.1f} GiB per device: {wider}{smaller}'
   rows = report.rows // (report.mesh['data'] * report.mesh['fsdp'] * report.micro_steps)
   fitting = int(rows * (report.capacity - state) / rest)

@@ -148,12 +148,15 @@ def test_the_report_of_a_cpu():
 
 
 def test_suggestions():
+  assert on_cpus()[1].parameter_bits == 32
   report = dataclasses.replace(on_cpus()[1], capacity=10 * GIB, fits=False, rows=64)
   assert suggestion(dataclasses.replace(report, fits=True)) == ''
   heavy = dataclasses.replace(report, used=30 * GIB, memory=dict(parameters=5 * GIB, optimizer=10 * GIB))
   bytes_that_stay = 'what stays in memory takes 15.0 GiB per device: '
   adapters = ', or adapters (docs/training.md, LoRA)'
   assert suggestion(heavy) == f'{bytes_that_stay}--mesh=1,8,1, --config.train.param_dtype=bfloat16{adapters}'
+  halved = dataclasses.replace(heavy, parameter_bits=16)
+  assert suggestion(halved) == f'{bytes_that_stay}--mesh=1,8,1{adapters}'
   spread = dataclasses.replace(heavy, mesh=dict(data=1, fsdp=8, tensor=1), step='decode')
   assert suggestion(spread) == f'{bytes_that_stay}a larger topology'
   rows = dataclasses.replace(report, used=18 * GIB, memory=dict(parameters=2 * GIB))
