@@ -132,8 +132,8 @@ def scenes_stage1(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
 def scenes_stage2(model: LlavaMiniConfig, *, epochs: float) -> Experiment:
   """On from `scenes_stage1` as the paper's stage 2 from its own: compressor and pre-fusion anew, the tower frozen.
 
-  Rows hold all questions about a scene; those of a sweep's points too, if
-  `sweep.grid.with_text_room` made them with `SCENE_TEXT`.
+  Rows hold all questions about a scene; those of a sweep's points too, if `sweep.grid.with_text_room` made them with
+  `SCENE_TEXT`.
   """
   train = dataclasses.replace(
     scenes_stage1(model, epochs=epochs).train,

@@ -5,12 +5,12 @@ unembedding is counted on all positions. Beside this `full` convention stands
 the one of the paper's numbers, `calflops`: what calflops 0.3.2 counts of the
 released modules, that is no product of attention, every layer of the tower and
 all of the last layer of pre-fusion (whose patches nobody reads: they run there,
-unused), and 5 FLOPs per element of a LayerNorm. The
-released pre-fusion also has a slot for the `<image>` placeholder. With 43 text
-tokens this gives the paper's Table 6 to the digit. In the backward pass a product with a
-weight costs once its forward FLOPs for the gradient of the weight, if it
-trains, and once for that of its input, if anything before it trains; a product
-of attention costs twice, if anything before it trains.
+unused), and 5 FLOPs per element of a LayerNorm. The released pre-fusion also
+has a slot for the `<image>` placeholder. With 43 text tokens this gives the
+paper's Table 6 to the digit. In the backward pass a product with a weight costs
+once its forward FLOPs for the gradient of the weight, if it trains, and once for
+that of its input, if anything before it trains; a product of attention costs
+twice, if anything before it trains.
 """
 
 from __future__ import annotations

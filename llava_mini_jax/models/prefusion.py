@@ -55,23 +55,22 @@ class Prefusion(nnx.Module):
     wanted, the last ones, [B last D]; of the others the last layer makes keys and values alone. Raises ValueError for
     `last` with `return_hidden`.
     """
-    positions, mask = positions_and_mask(valid, branch_ids)
-    if return_hidden:
-      if last is not None:
-        raise ValueError(f'pre-fusion: expected all slots with return_hidden; found last={last}')
-      return self._hidden(x, positions, mask)
-    return self._run(x, positions, mask, x.shape[1] if last is None else last, lambda _: None)[0]
+    if return_hidden and last is not None:
+      raise ValueError(f'pre-fusion: expected all slots with return_hidden; found last={last}')
+    last = x.shape[1] if last is None else last
+    where = positions_and_mask(valid, branch_ids)
+    x, hidden = self._run(x, *where, last, lambda x, _: x if return_hidden else None)
+    return (x, hidden) if return_hidden else x
 
   def see(self, x: jax.Array, last: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Vision tokens [B S D], all valid -> the last of them [B last D], keys and values [layer B S K H] for the text."""
-    x, *parts = self._run(x, *positions_and_mask(jnp.ones(x.shape[:2], bool)), last, lambda kv: kv)
-    keys, values = (jnp.concatenate([most, of_last[None]]) for most, of_last in zip(*parts, strict=True))
+    x, (keys, values) = self._run(x, *positions_and_mask(jnp.ones(x.shape[:2], bool)), last, lambda _, kv: kv)
     return x, keys, values
 
   def _run(
     self, x: jax.Array, positions: jax.Array, mask: AttentionMask, last: int, keep: Callable
-  ) -> tuple[jax.Array, Any, Any]:
-    """[B last D], and `keep` of the keys and values of the layers before the last, stacked, and of the last."""
+  ) -> tuple[jax.Array, Any]:
+    """[B last D], and `keep` of each layer's output and its keys and values."""
     rope, head_dim = rope_tables(positions, self.decoder_config), self.decoder_config.head_dim
     asks = max(last, 1)  # somebody must: products of no rows are refused
     of_all, of_last = (m.resolve(self.attention, head_dim) for m in (mask, mask.of_last(asks)))
@@ -79,24 +78,15 @@ class Prefusion(nnx.Module):
     # One layer at a time: a slice of the stack would be a copy of it, and prompts would not fit where weights just do.
     def body(x, i):
       x, kv = self._layer(i)(x, rope, of_all)
-      return x, keep(kv)
+      return x, keep(x, kv)
 
     x, most = scan_layers(body, x, jnp.arange(self.num_layers - 1), self.scan)
     x, kv = remat(lambda x, layer: layer(x, rope, of_last, last=asks), self.scan)(x, self._layer(-1))
-    return x[:, asks - last :], most, keep(kv)
+    kept = jax.tree.map(lambda most, last: jnp.concatenate([most, last[None]]), most, keep(x, kv))
+    return x[:, asks - last :], kept
 
   def _layer(self, i: int | jax.Array) -> LlamaLayer:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[i], self.layers)
-
-  def _hidden(self, x: jax.Array, positions: jax.Array, mask: AttentionMask) -> tuple[jax.Array, jax.Array]:
-    rope = rope_tables(positions, self.decoder_config)
-    mask = mask.resolve(self.attention, self.decoder_config.head_dim)
-
-    def body(x, layer):
-      x, _ = layer(x, rope, mask)
-      return x, x
-
-    return scan_layers(body, x, self.layers, self.scan)
 
   def read(self, text: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Text [B T D] after the vision tokens that `see` was given: [B T D]. Padding comes last, and means nothing."""
