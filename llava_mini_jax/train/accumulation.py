@@ -36,7 +36,7 @@ def gradients(
   total = jnp.maximum(batch.loss_mask.sum(dtype=jnp.float32), 1.0)
 
   def cut(x: jax.Array) -> jax.Array:
-    x = x.reshape(-1, micro_steps, *x.shape[1:]).swapaxes(0, 1)
+    x = x.reshape(len(x) // micro_steps, micro_steps, *x.shape[1:]).swapaxes(0, 1)
     return constrain(x, None, 'batch')
 
   def weighed(rows: Batch):

@@ -80,6 +80,18 @@ def test_every_row_a_step_and_no_target_at_all(batch):
     assert np.abs(grads[name] - grad).max() <= 1e-6, name
 
 
+def test_rows_of_text_alone():
+  """Whose arrays of images are empty."""
+  samples = [random_sample(CONFIG, row, text=(6,), visuals=(), answer=row) for row in range(ROWS)]
+  batch = lay_out(CONFIG, samples, length=LENGTH, visuals=0, fused_text=0)
+  assert batch.pixels.size == 0
+  (loss, _), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, batch))
+  ((found, _), grads), _ = in_steps(batch, (1, 4, 1), 2)
+  assert abs(found - loss) <= 1e-6 * loss
+  for name, grad in expected.items():
+    assert np.abs(grads[name] - grad).max() <= 1e-6, name
+
+
 def test_rows_stay_on_their_device(batch):
   """Nothing of the batch moves: what devices exchange are sums, and parameters where these are sharded."""
   _, compiled = in_steps(batch, (8, 1, 1), 2)
