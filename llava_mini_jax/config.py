@@ -166,7 +166,7 @@ class DecoderConfig:
       raise ConfigError(f'DecoderConfig.head_dim: rotary embedding needs an even size; found {self.head_dim}')
 
 
-REMAT = ('full', 'attention', 'projections', 'dots', 'none')
+REMAT = ('full', 'attention', 'projections', 'mlp', 'dots', 'none')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,8 @@ class ScanConfig:
   """How stacks of layers run."""
 
   # What a layer keeps for the backward pass: full = nothing, all is computed again; attention = what attention leaves;
-  # projections = that, queries, keys and values; dots = every matrix product; none = every activation
+  # projections = that, queries, keys and values; mlp = those, and what goes into the activation of the feed-forward
+  # part; dots = every matrix product; none = every activation
   remat: str = 'full'
   vision_remat: str = ''  # of the tower, if it trains (frozen, it keeps nothing whatever this says); '' = remat
   prefusion_remat: str = ''  # of pre-fusion; '' = remat

@@ -268,6 +268,7 @@ def recomputed_flops(
     again = {
       'none': 0.0,
       'dots': scores,
+      'mlp': 2.0 * asks * kernels['q'] + scores,
       'projections': results + scores,
       'attention': results + scores + projections,
       'full': results + 2 * scores + projections,

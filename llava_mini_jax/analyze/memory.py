@@ -102,9 +102,10 @@ def kept_activation_bytes(config: LlavaMiniConfig, *, element_bytes: int = 2, **
   kept = {}
   for name, (sequences, part) in parts.items():
     remat = config.scan.of(name).remat
-    require_choice(f'{name} remat', remat, ('full', 'attention', 'projections'))
-    of_token = d.hidden_size + (remat == 'projections') * projections
-    of_query = (remat != 'full') * context + (remat == 'projections') * context
+    require_choice(f'{name} remat', remat, ('full', 'attention', 'projections', 'mlp'))
+    projected = remat in ('projections', 'mlp')
+    of_token = d.hidden_size + projected * projections
+    of_query = (remat != 'full') * context + projected * context + (remat == 'mlp') * 2 * d.intermediate_size
     size = sum(layers * (tokens * of_token + asks * of_query) for layers, tokens, asks in part)
     kept[name] = sequences * size * element_bytes
   return kept

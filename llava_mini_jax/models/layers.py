@@ -24,7 +24,9 @@ from llava_mini_jax.models.quantized import dequantize
 from llava_mini_jax.sharding import constrain
 
 Init = Callable[..., jax.Array]
-PROJECTION = 'attention_projection'  # queries, keys and values, by name, for `scan_layers`
+# By name, for `scan_layers`:
+PROJECTION = 'attention_projection'  # queries, keys and values
+WIDENED = 'feed_forward_widened'  # what goes into the activation of a feed-forward part
 
 
 def param(rngs: nnx.Rngs, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -90,6 +92,7 @@ def remat(body: Callable, config: ScanConfig, *, prevent_cse: bool = True) -> Ca
     full=None,
     attention=save(CONTEXT),
     projections=save(CONTEXT, PROJECTION),
+    mlp=save(CONTEXT, PROJECTION, WIDENED),
     dots=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, save(CONTEXT)),
   )
   return jax.checkpoint(body, policy=keep[config.remat], prevent_cse=prevent_cse)
@@ -222,8 +225,8 @@ class LlamaMLP(nnx.Module):
     self.down_proj = param(rngs, init, (f, d), ('mlp', 'embed'))
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [B L D] -> [B L D]
-    y = jax.nn.silu(linear(x, self.gate_proj[...])) * linear(x, self.up_proj[...])
-    return linear(constrain(y, 'batch', 'length', 'act_mlp'), self.down_proj[...])
+    gate, up = (checkpoint_name(linear(x, kernel[...]), WIDENED) for kernel in (self.gate_proj, self.up_proj))
+    return linear(constrain(jax.nn.silu(gate) * up, 'batch', 'length', 'act_mlp'), self.down_proj[...])
 
 
 class LlamaLayer(nnx.Module):

@@ -13,6 +13,7 @@ from llava_mini_jax.config import IMAGE_MEAN, IMAGE_STD, ScanConfig, VisionConfi
 from llava_mini_jax.models.attention import attend
 from llava_mini_jax.models.layers import (
   PROJECTION,
+  WIDENED,
   LayerNorm,
   Linear,
   fan_in,
@@ -79,7 +80,7 @@ class VisionLayer(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [B P W] -> [B P W]
     x = x + self.self_attn(self.layer_norm1(x))
-    y = self.fc1(self.layer_norm2(x))
+    y = checkpoint_name(self.fc1(self.layer_norm2(x)), WIDENED)
     return constrain(x + self.fc2(y * jax.nn.sigmoid(1.702 * y)), 'batch', 'length', 'act_embed')
 
 

@@ -16,23 +16,24 @@ from llava_mini_jax.types import Batch
 
 
 def gradients(
-  loss_fn: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]],
+  loss_fn: Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array]]],
   params: Any,
+  frozen: Any,
   batch: Batch,
   micro_steps: int,
   shardings: Any,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
-  """What `jax.value_and_grad(loss_fn, has_aux=True)(params, batch)` gives, a micro-batch at a time.
+  """What `jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch)` gives, a micro-batch at a time.
 
   Args:
-    loss_fn: (params, batch) -> mean over its target tokens, {target_tokens, and other such means}.
+    loss_fn: (params, frozen, batch) -> mean over its target tokens, {target_tokens, and other such means}.
     batch: its rows divide by `micro_steps`, and a micro-batch over the mesh. Micro-batch k has rows k, k + micro_steps,
       …: those of a device's share stay on it.
     shardings: of the gradients, as `params`.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   if micro_steps == 1:
-    return grad_fn(params, batch)
+    return grad_fn(params, frozen, batch)
   total = jnp.maximum(batch.loss_mask.sum(dtype=jnp.float32), 1.0)
 
   def cut(x: jax.Array) -> jax.Array:
@@ -40,7 +41,8 @@ def gradients(
     return constrain(x, None, 'batch')
 
   def weighed(rows: Batch):
-    (loss, metrics), grads = grad_fn(params, rows)
+    # Without the barrier, what is gathered of the parameters for one micro-step would be kept for the others.
+    (loss, metrics), grads = grad_fn(*jax.lax.optimization_barrier((params, frozen, rows)))
     share = metrics['target_tokens'] / total
     means = {name: value for name, value in metrics.items() if name != 'target_tokens'}
     found = jax.tree.map(lambda x: share * x.astype(jnp.float32), (loss, means, grads))

@@ -157,12 +157,13 @@ def make_trainer(
   def step(state: State, batch: Batch):
     batch = draw_kept(config.compressor, batch, state['step'])
 
-    def loss_fn(params, batch):
-      flat = flatten(params) | flatten(state['frozen'])
+    def loss_fn(params, frozen, batch):
+      flat = flatten(params) | flatten(frozen)
       model = merge(graphdef, attach(flat, lora.scale) if lora else flat)
       return head_loss(model.hidden(batch), model.decoder.head(), batch.targets, batch.loss_mask)
 
-    (loss, metrics), grads = gradients(loss_fn, state['params'], batch, accumulate, shardings['params'])
+    parts = state['params'], state['frozen']
+    (loss, metrics), grads = gradients(loss_fn, *parts, batch, accumulate, shardings['params'])
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
     grad_norm = optax.tree.norm(grads)
     ok, counters = guard.judge(state['guard'], loss, grad_norm, metrics['target_tokens'])

@@ -93,7 +93,7 @@ def test_memory_of_an_image_where_the_decoder_compresses():
   assert session_bytes(voco) == (4 * 578 + 32 * 2) * of_layer
 
 
-@pytest.mark.parametrize('remat', ['projections', 'attention', 'full'])
+@pytest.mark.parametrize('remat', ['mlp', 'projections', 'attention', 'full'])
 def test_what_is_computed_again_inside_the_decoder(remat):
   """The jaxpr of a training step with remat less that of one without; activations by layers and tokens."""
   config = small_config(compressor=CASES['within'], prefusion=dict(num_layers=0), scan=ScanConfig(remat=remat))
@@ -110,7 +110,8 @@ def test_what_is_computed_again_inside_the_decoder(remat):
   trains = ('projector', 'compressor', 'decoder')
   assert recomputed_flops(config, trains=trains, **sizes) == counted(remat) - counted('none')
   d = config.decoder
-  width = d.hidden_size + (remat != 'full') * 32 + (remat == 'projections') * 64
+  width = d.hidden_size + (remat != 'full') * 32 + (remat in ('projections', 'mlp')) * 64
+  width += (remat == 'mlp') * 2 * d.intermediate_size
   patches = 2 * config.vision.num_patches
   assert kept_activation_bytes(config, **sizes)['decoder'] == 2 * (1 * (patches + 40) + 1 * 40) * width * 2
 

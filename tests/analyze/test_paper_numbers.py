@@ -143,7 +143,7 @@ def test_a_later_question(visuals):
   assert later_question_flops(VICUNA, 17, earlier=43).total < 0.2 * prompt_flops(VICUNA, 17).total
 
 
-@pytest.mark.parametrize('remat', ['dots', 'projections', 'attention', 'full'])
+@pytest.mark.parametrize('remat', ['dots', 'mlp', 'projections', 'attention', 'full'])
 def test_what_is_computed_again(remat):
   """The jaxpr of a training step with remat less that of one without."""
   config, sizes = CASES['llama31_8b']
@@ -186,7 +186,7 @@ def test_three_hours_of_video_fit_24_gib():
   assert session_bytes(VICUNA) == 577 * 4 * 2 * 4096 * 2 + MIB // 2
 
 
-@pytest.mark.parametrize('remat', ['full', 'attention', 'projections'])
+@pytest.mark.parametrize('remat', ['full', 'attention', 'projections', 'mlp'])
 def test_kept_activations_are_the_residuals_of_the_backward_pass(remat):
   """Of a stack of layers: leaves of the VJP as wide as the hidden states or a head that are no parameters."""
   config = small_config(prefusion=dict(num_layers=5), scan=ScanConfig(remat=remat))
@@ -204,7 +204,8 @@ def test_kept_activations_are_the_residuals_of_the_backward_pass(remat):
   of_layer = {leaf.shape[1:] for leaf in jax.tree.leaves(params)}
   weights = of_layer | {(5, *shape) for shape in of_layer}  # of the last layer, and the whole stack
   kept = [leaf for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, x)) if leaf.shape not in weights]
-  found = sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape[-1:] in ((40,), (decoder.head_dim,)))
+  widths = ((40,), (decoder.head_dim,), (decoder.intermediate_size,))
+  found = sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape[-1:] in widths)
   sizes = dict(rows=2, length=1, visuals=1, fused_text=21 - 16 - 1)
   assert kept_activation_bytes(config, element_bytes=4, **sizes)['prefusion'] == found
 
@@ -215,7 +216,7 @@ def test_refused():
   assert str(error.value) == "convention: expected one of full, calflops; found 'macs'"
   with pytest.raises(ConfigError) as error:
     kept_activation_bytes(dataclasses.replace(VICUNA, scan=ScanConfig(remat='dots')), **prompt_sizes(VICUNA, 1))
-  assert str(error.value) == "prefusion remat: expected one of full, attention, projections; found 'dots'"
+  assert str(error.value) == "prefusion remat: expected one of full, attention, projections, mlp; found 'dots'"
 
 
 def test_the_full_convention_is_the_traced_program():

@@ -153,13 +153,13 @@ def test_what_layers_keep_changes_no_gradient_and_less_is_computed_again():
 
   expected, least = run('none')
   counts = []
-  for remat in ('full', 'attention', 'projections', 'dots'):
+  for remat in ('full', 'attention', 'projections', 'mlp', 'dots'):
     grads, products = run(remat)
     counts.append(products)
     for path, grad in expected.items():
       close(grads[path], grad, f'{remat} {path}', 2e-6 * max(1.0, float(np.abs(grad).max())))
-  full, kept_attention, projections, dots = counts
-  assert full >= kept_attention > projections > dots >= least
+  full, kept_attention, projections, mlp, dots = counts
+  assert full >= kept_attention > projections > mlp > dots >= least
 
 
 def test_what_the_kernel_leaves_is_kept_if_asked_for():

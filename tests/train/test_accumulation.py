@@ -32,13 +32,14 @@ def batch():
   return lay_out(CONFIG, samples, length=LENGTH, visuals=2, fused_text=8)
 
 
-def loss_fn(params, batch):
-  """A model of two matrices."""
-  logits = jnp.tanh(params['embed'][batch.tokens]) @ params['head']
+def loss_fn(params, frozen, batch):
+  """A model of two matrices and a number."""
+  logits = jnp.tanh(frozen['scale'] * params['embed'][batch.tokens]) @ params['head']
   return next_token_loss(logits, batch.targets, batch.loss_mask)
 
 
 PARAMS = {name: np.random.default_rng(i).normal(size=(64, 64)).astype('f') for i, name in enumerate(('embed', 'head'))}
+FROZEN = dict(scale=np.float32(0.7))
 
 
 def in_steps(batch, shape, micro_steps: int):
@@ -47,7 +48,7 @@ def in_steps(batch, shape, micro_steps: int):
   where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
   shardings = dict.fromkeys(PARAMS, where)
   with use_mesh(mesh):
-    program = quick_jit(lambda params, batch: gradients(loss_fn, params, batch, micro_steps, shardings))
+    program = quick_jit(lambda params, batch: gradients(loss_fn, params, FROZEN, batch, micro_steps, shardings))
     arguments = jax.device_put(PARAMS, shardings), jax.device_put(batch, batch_sharding(mesh))
     compiled = program.lower(*arguments).compile()
     return jax.device_get(compiled(*arguments)), compiled
@@ -62,7 +63,7 @@ def test_the_numbers_of_the_whole_batch(batch, shape, micro_steps):
     if few:
       mask = batch.loss_mask & ((np.arange(ROWS) % 2 == 0) | (np.arange(ROWS) == 5))[:, None]
       rows = dataclasses.replace(batch, loss_mask=mask)
-    (loss, metrics), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, rows))
+    (loss, metrics), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, FROZEN, rows))
     ((found, others), grads), _ = in_steps(rows, shape, micro_steps)
     assert abs(found - loss) <= 1e-6 * loss
     assert others.keys() == metrics.keys()
@@ -73,7 +74,7 @@ def test_the_numbers_of_the_whole_batch(batch, shape, micro_steps):
 
 
 def test_every_row_a_step_and_no_target_at_all(batch):
-  (loss, _), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, batch))
+  (loss, _), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, FROZEN, batch))
   ((found, _), grads), _ = in_steps(batch, (1, 1, 1), ROWS)
   assert abs(found - loss) <= 1e-6 * loss
   for name, grad in expected.items():
@@ -85,7 +86,7 @@ def test_rows_of_text_alone():
   samples = [random_sample(CONFIG, row, text=(6,), visuals=(), answer=row) for row in range(ROWS)]
   batch = lay_out(CONFIG, samples, length=LENGTH, visuals=0, fused_text=0)
   assert batch.pixels.size == 0
-  (loss, _), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, batch))
+  (loss, _), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, FROZEN, batch))
   ((found, _), grads), _ = in_steps(batch, (1, 4, 1), 2)
   assert abs(found - loss) <= 1e-6 * loss
   for name, grad in expected.items():
@@ -97,6 +98,13 @@ def test_rows_stay_on_their_device(batch):
   _, compiled = in_steps(batch, (8, 1, 1), 2)
   found = re.findall(r'(all-to-all|collective-permute|all-gather)(?:-start)?\(', compiled.as_text())
   assert not found, found
+
+
+def test_what_is_gathered_is_not_kept(batch):
+  """The one parameter of a loss is needed whole, is gathered by each micro-step, and is not in memory between them."""
+  _, compiled = in_steps(batch, (1, 8, 1), 2)
+  loops = re.findall(r'^.* while\(', compiled.as_text(), re.M)
+  assert loops and not any('[64,64]' in loop for loop in loops), loops
 
 
 def test_a_step_of_the_model(batch):
