@@ -157,6 +157,8 @@ def picture(table: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     at = [j + (i - (len(places) - 1) / 2) * height for j, _ in shown]
     memory.barh(at, [f['used'] / GIB for _, f in shown], height, label=where, color=f'C{i}')
     memory.plot([f['capacity'] / GIB for _, f in shown], at, '|', color='black', markersize=9)
+    for y in (y for y, (_, f) in zip(at, shown, strict=True) if not f['fits']):
+      time.annotate('does not fit', (0, y), (4, 0), textcoords='offset points', va='center', size=7, color=f'C{i}')
     fitting = [(y, f) for y, (_, f) in zip(at, shown, strict=True) if f['fits']]
     seconds, low, high = ([f[name] for _, f in fitting] for name in ('seconds', 'seconds_low', 'seconds_high'))
     reach = [[s - x for s, x in zip(seconds, low, strict=True)], [x - s for s, x in zip(seconds, high, strict=True)]]
@@ -167,7 +169,7 @@ def picture(table: Mapping[str, Mapping[str, Any]], file: Path) -> None:
   time.set_xlabel('predicted seconds per step of 256 rows; range: full overlap to none')
   memory.set_xlabel('GiB per chip; mark: what a chip has')
   memory.set_xlim(left=0)
-  memory.legend(loc='lower right')
+  figure.legend(*memory.get_legend_handles_labels(), loc='outside upper center', ncols=len(places))
   for axes in (time, memory):
     axes.grid(axis='x', alpha=0.3)
   figure.savefig(file, dpi=130)
