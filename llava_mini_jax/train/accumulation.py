@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_mini_jax.sharding import constrain
+from llava_mini_jax.train.tree import flatten, unflatten
 from llava_mini_jax.types import Batch
 
 
@@ -41,8 +42,7 @@ def gradients(
     return constrain(x, None, 'batch')
 
   def weighed(rows: Batch):
-    # Without the barrier, what is gathered of the parameters for one micro-step would be kept for the others.
-    (loss, metrics), grads = grad_fn(*jax.lax.optimization_barrier((params, frozen, rows)))
+    (loss, metrics), grads = grad_fn(*_anew(params, frozen, rows))
     share = metrics['target_tokens'] / total
     means = {name: value for name, value in metrics.items() if name != 'target_tokens'}
     found = jax.tree.map(lambda x: share * x.astype(jnp.float32), (loss, means, grads))
@@ -58,3 +58,16 @@ def gradients(
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
   ((loss, means, grads), count), _ = jax.lax.scan(add, zeros, micro_batches)
   return (loss, means | dict(target_tokens=count)), grads
+
+
+def _anew(params: Any, frozen: Any, rows: Batch) -> tuple[Any, Any, Batch]:
+  """The same, but nothing that is computed of a single parameter alone outlives a micro-step.
+
+  The embedding and the head would be gathered once, and stay in memory whole through all micro-steps. Stacks of layers
+  are not held back: they are gathered layer by layer, and without fusion into their loops more of them is in memory.
+  """
+  parts = [flatten(part) for part in (params, frozen)]
+  single = [{path: leaf for path, leaf in part.items() if '/layers/' not in path} for part in parts]
+  single, rows = jax.lax.optimization_barrier((single, rows))
+  params, frozen = (unflatten(part | held) for part, held in zip(parts, single, strict=True))
+  return params, frozen, rows
