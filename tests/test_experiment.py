@@ -219,7 +219,7 @@ MISTAKES = {
   'DecoderConfig.vocab_size: expected a positive integer; found 0': decoder(vocab_size=0),
   'DecoderConfig.max_position_embeddings: expected a positive integer; found 0': decoder(max_position_embeddings=0),
   'DecoderConfig.head_dim: rotary embedding needs an even size; found 3': decoder(head_dim=3),
-  "ScanConfig.remat: expected one of full, attention, projections, dots, none; found 'some'": lambda: ScanConfig(
+  "ScanConfig.remat: expected one of full, attention, projections, mlp, dots, none; found 'some'": lambda: ScanConfig(
     remat='some'
   ),
   "LlavaMiniConfig.text_only: expected one of skip, zero_image; found 'drop'": replaced(text_only='drop'),

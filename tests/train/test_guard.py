@@ -48,10 +48,10 @@ FAULTS = dict(
 CODES = {name: code for code, name in enumerate(FAULTS, 1)}
 
 
-def faulty(loss_fn, params, batch, *rest):
+def faulty(loss_fn, params, frozen, batch, *rest):
   """`accumulation.gradients`, and then the fault that the batch asks for."""
   code = batch.bad_samples[0]
-  (loss, metrics), grads = gradients(loss_fn, params, dataclasses.replace(batch, bad_samples=None), *rest)
+  (loss, metrics), grads = gradients(loss_fn, params, frozen, dataclasses.replace(batch, bad_samples=None), *rest)
   for name, fault in FAULTS.items():
     here, scale = code == CODES[name], fault.get('scale', 1.0)
     loss = jnp.where(here, fault.get('loss', loss * scale), loss)
