@@ -153,13 +153,15 @@ def picture(table: Mapping[str, Mapping[str, Any]], file: Path) -> None:
   time, memory = figure.subplots(1, 2, sharey=True)
   height = 0.8 / len(places)
   for i, where in enumerate(places):
-    shown = [(j, table[f'{label} {where}']) for j, label in enumerate(labels) if f'{label} {where}' in table]
-    at = [j + (i - (len(places) - 1) / 2) * height for j, _ in shown]
+    offset = (i - (len(places) - 1) / 2) * height
+    shown = [(j + offset, table[f'{label} {where}']) for j, label in enumerate(labels) if f'{label} {where}' in table]
+    at = [y for y, _ in shown]
     memory.barh(at, [f['used'] / GIB for _, f in shown], height, label=where, color=f'C{i}')
     memory.plot([f['capacity'] / GIB for _, f in shown], at, '|', color='black', markersize=9)
-    for y in (y for y, (_, f) in zip(at, shown, strict=True) if not f['fits']):
-      time.annotate('does not fit', (0, y), (4, 0), textcoords='offset points', va='center', size=7, color=f'C{i}')
-    fitting = [(y, f) for y, (_, f) in zip(at, shown, strict=True) if f['fits']]
+    for y, found in shown:
+      if not found['fits']:
+        time.annotate('does not fit', (0, y), (4, 0), textcoords='offset points', va='center', size=7, color=f'C{i}')
+    fitting = [(y, f) for y, f in shown if f['fits']]
     seconds, low, high = ([f[name] for _, f in fitting] for name in ('seconds', 'seconds_low', 'seconds_high'))
     reach = [[s - x for s, x in zip(seconds, low, strict=True)], [x - s for s, x in zip(seconds, high, strict=True)]]
     error = dict(ecolor='0.3', capsize=2, elinewidth=1)

@@ -54,6 +54,18 @@ def in_steps(batch, shape, micro_steps: int):
     return jax.device_get(compiled(*arguments)), compiled
 
 
+def check(batch, shape, micro_steps: int) -> None:
+  """Loss, metrics and gradients are those of the batch at once."""
+  (loss, metrics), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, FROZEN, batch))
+  ((found, others), grads), _ = in_steps(batch, shape, micro_steps)
+  assert abs(found - loss) <= 1e-6 * loss
+  assert others.keys() == metrics.keys()
+  for name, value in metrics.items():
+    assert abs(others[name] - value) <= 1e-6 * max(1, value), name
+  for name, grad in expected.items():
+    assert np.abs(grads[name] - grad).max() <= 1e-6, name
+
+
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 4, 1), (1, 4, 2)], ids=str)
 @pytest.mark.parametrize('micro_steps', [1, 2])
 def test_the_numbers_of_the_whole_batch(batch, shape, micro_steps):
@@ -63,22 +75,11 @@ def test_the_numbers_of_the_whole_batch(batch, shape, micro_steps):
     if few:
       mask = batch.loss_mask & ((np.arange(ROWS) % 2 == 0) | (np.arange(ROWS) == 5))[:, None]
       rows = dataclasses.replace(batch, loss_mask=mask)
-    (loss, metrics), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, FROZEN, rows))
-    ((found, others), grads), _ = in_steps(rows, shape, micro_steps)
-    assert abs(found - loss) <= 1e-6 * loss
-    assert others.keys() == metrics.keys()
-    for name, value in metrics.items():
-      assert abs(others[name] - value) <= 1e-6 * max(1, value), name
-    for name, grad in expected.items():
-      assert np.abs(grads[name] - grad).max() <= 1e-6, name
+    check(rows, shape, micro_steps)
 
 
 def test_every_row_a_step_and_no_target_at_all(batch):
-  (loss, _), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, FROZEN, batch))
-  ((found, _), grads), _ = in_steps(batch, (1, 1, 1), ROWS)
-  assert abs(found - loss) <= 1e-6 * loss
-  for name, grad in expected.items():
-    assert np.abs(grads[name] - grad).max() <= 1e-6, name
+  check(batch, (1, 1, 1), ROWS)
 
 
 def test_rows_of_text_alone():
@@ -86,11 +87,7 @@ def test_rows_of_text_alone():
   samples = [random_sample(CONFIG, row, text=(6,), visuals=(), answer=row) for row in range(ROWS)]
   batch = lay_out(CONFIG, samples, length=LENGTH, visuals=0, fused_text=0)
   assert batch.pixels.size == 0
-  (loss, _), expected = jax.device_get(jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, FROZEN, batch))
-  ((found, _), grads), _ = in_steps(batch, (1, 4, 1), 2)
-  assert abs(found - loss) <= 1e-6 * loss
-  for name, grad in expected.items():
-    assert np.abs(grads[name] - grad).max() <= 1e-6, name
+  check(batch, (1, 4, 1), 2)
 
 
 def test_rows_stay_on_their_device(batch):
